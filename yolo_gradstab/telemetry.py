@@ -1,0 +1,223 @@
+"""Records of training: a row per optimizer step, a row per recorded layer, as Parquet parts.
+
+| table  | column             | meaning                                                                             |
+|--------|--------------------|-------------------------------------------------------------------------------------|
+| steps  | step               | optimizer steps before this one, over all resumed parts of the run                  |
+|        | epoch, batch       | the host's, counted from 0: `batch` is the last micro-batch that went into the step |
+|        | attempt            | how often the host had restarted an epoch by then                                   |
+|        | images             | images whose gradients were summed into the step                                    |
+|        | lr                 | learning rate of the largest parameter group                                        |
+|        | loss               | what was differentiated, per image; `loss_<component>` its parts as the host logs   |
+|        | total_norm         | L2 norm of the unscaled gradient before clipping, `clipped_norm` after              |
+|        | clip_coef          | clipped_norm / total_norm; 1 where nothing was clipped                              |
+|        | bounded_share      | share of tensors whose update `update_clip` cut; null where it is off               |
+|        | update_ratio_max   | largest ||dW||/||W|| of a tensor before that bound; null where it was not measured  |
+|        | nonfinite          | gradient tensors holding NaN or inf                                                 |
+|        | skipped            | the step was not applied                                                            |
+|        | scale              | of the fp16 gradient scaler; 1 without one                                          |
+|        | time_s             | seconds since training began, resumed parts continuing                              |
+| layers | step, layer        | the stage `model.<index>`                                                           |
+|        | grad_norm          | of the stage, before clipping                                                       |
+|        | weight_norm        | of the stage, before the step                                                       |
+|        | update_ratio       | norm of the stage's update, as applied, over weight_norm                            |
+|        | nonfinite          | gradient tensors of the stage holding NaN or inf                                    |
+
+Imports neither torch nor ultralytics: a report is built from these files anywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import polars as pl
+
+from yolo_gradstab.runs import RunError, RunFolder, Status, replacing
+
+__all__ = ["LAYER_SCHEMA", "STEP_SCHEMA", "LayerRecord", "PartWriter", "Run", "StepRecord", "read_parts", "read_run"]
+
+
+class StepRecord(msgspec.Struct, kw_only=True):
+    """One optimizer step; `losses` becomes one column per component."""
+
+    step: int
+    epoch: int
+    attempt: int
+    batch: int
+    images: int
+    lr: float
+    loss: float
+    losses: dict[str, float]
+    total_norm: float
+    clipped_norm: float
+    clip_coef: float
+    bounded_share: float | None
+    update_ratio_max: float | None
+    nonfinite: int
+    skipped: bool
+    scale: float
+    time_s: float
+
+    def row(self) -> dict[str, Any]:
+        """Flat, in the order of the columns."""
+        row: dict[str, Any] = {}
+        for name in self.__struct_fields__:
+            row |= {f"loss_{k}": v for k, v in self.losses.items()} if name == "losses" else {name: getattr(self, name)}
+        return row
+
+
+class LayerRecord(msgspec.Struct, kw_only=True):
+    """One layer at one recorded step."""
+
+    step: int
+    layer: str
+    grad_norm: float
+    weight_norm: float
+    update_ratio: float
+    nonfinite: int
+
+    def row(self) -> dict[str, Any]:
+        """Flat."""
+        return msgspec.structs.asdict(self)
+
+
+_TYPES = {"int": pl.Int64, "float": pl.Float64, "float | None": pl.Float64, "bool": pl.Boolean, "str": pl.String}
+
+
+def _schema(record: type[msgspec.Struct]) -> dict[str, type[pl.DataType]]:
+    return {name: _TYPES[kind] for name, kind in record.__annotations__.items() if kind in _TYPES}
+
+
+STEP_SCHEMA = _schema(StepRecord)
+LAYER_SCHEMA = _schema(LayerRecord)
+
+
+class PartWriter:
+    """Append rows to a folder of Parquet parts, each written under a temporary name and renamed.
+
+    A part is written every `FLUSH_S` seconds at the latest in which rows arrive, so a kill loses less than that;
+    the caller flushes before it stops adding rows for a while (validation). Parts are named by the first and last
+    step they hold.
+
+    Args:
+        folder: Where the parts go; must exist.
+        schema: Column types; further columns (loss components) are float64.
+    """
+
+    FLUSH_S = 2.0
+
+    def __init__(self, folder: Path, schema: dict[str, type[pl.DataType]]) -> None:
+        self._folder = folder
+        self._schema = schema
+        self._rows: list[dict[str, Any]] = []
+        self._flushed_s = time.monotonic()
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Add rows; may write a part."""
+        self._rows.extend(rows)
+        if time.monotonic() - self._flushed_s > self.FLUSH_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what has arrived since the last part."""
+        self._flushed_s = time.monotonic()
+        if self._rows:
+            self._write(pl.DataFrame(self._rows, schema=_row_schema(self._rows, self._schema)))
+            self._rows = []
+
+    def drop_from(self, step: int) -> int:
+        """Remove the rows of this step and later ones (a resumed run repeats them); returns how many there were."""
+        dropped = 0
+        for path in sorted(self._folder.glob("*.parquet"), reverse=True):
+            part = pl.read_parquet(path)
+            keep = part.filter(pl.col("step") < step)
+            dropped += len(part) - len(keep)
+            if len(keep) < len(part):
+                path.unlink()
+                if len(keep):
+                    self._write(keep)
+        return dropped
+
+    def _write(self, part: pl.DataFrame) -> None:
+        steps = part["step"].to_list()
+        name = f"{min(steps):09d}-{max(steps):09d}.parquet"
+        with replacing(self._folder / name) as temporary:
+            part.write_parquet(temporary, compression="zstd")
+
+
+def _row_schema(rows: list[dict[str, Any]], schema: dict[str, type[pl.DataType]]) -> dict[str, type[pl.DataType]]:
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: schema.get(name, pl.Float64) for name in names}
+
+
+def read_parts(folder: Path, schema: dict[str, type[pl.DataType]]) -> pl.DataFrame:
+    """All rows of a folder of parts, by step; an empty table with the schema's columns when there is none."""
+    parts = [pl.read_parquet(path) for path in sorted(folder.glob("*.parquet"))]
+    if not parts:
+        return pl.DataFrame(schema=schema)
+    return pl.concat(parts, how="diagonal_relaxed").sort("step", maintain_order=True)
+
+
+class Run:
+    """A run folder, read when asked for; works while the run goes on and after any kind of end."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = RunFolder(path)
+
+    @cached_property
+    def status(self) -> Status:
+        """How it stands or ended."""
+        return self.folder.read_status()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The configuration as used."""
+        return self.folder.read_config()
+
+    @cached_property
+    def steps(self) -> pl.DataFrame:
+        """A row per optimizer step."""
+        return read_parts(self.folder.steps, STEP_SCHEMA)
+
+    @cached_property
+    def layers(self) -> pl.DataFrame:
+        """A row per recorded step and layer."""
+        return read_parts(self.folder.layers, LAYER_SCHEMA)
+
+    @cached_property
+    def events(self) -> list[dict[str, Any]]:
+        """What happened beside the ordinary: skips, stops."""
+        return self.folder.read_events()
+
+    @cached_property
+    def args(self) -> dict[str, Any]:
+        """The host's arguments as the run was started; empty when they are missing."""
+        import yaml
+
+        path = self.folder.path / "args.yaml"
+        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+    @cached_property
+    def results(self) -> pl.DataFrame:
+        """The host's `results.csv`, a row per epoch; empty when there is none yet."""
+        path = self.folder.path / "results.csv"
+        if not path.is_file():
+            return pl.DataFrame()
+        table = pl.read_csv(path, infer_schema_length=None)
+        return table.rename({name: name.strip() for name in table.columns})
+
+
+def read_run(path: str | Path) -> Run:
+    """Open a run folder.
+
+    Raises:
+        RunError: There is no run at this path.
+    """
+    run = Run(path)
+    if not run.folder.gradstab.is_dir():
+        raise RunError(f"{path}: no gradstab folder in it, so not a run of yolo-gradstab")
+    return run

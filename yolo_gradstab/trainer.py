@@ -1,0 +1,659 @@
+"""The Ultralytics adapter: the one room that knows the host's trainer.
+
+Where our parts stand in the host's loop (`BaseTrainer._do_train`; ours in capitals)::
+
+    for epoch:                                   CONTINUE a resumed epoch exactly
+        for batch:
+            warm-up sets lr, momentum, accumulate
+            forward, backward                    COUNT images, SUM losses
+            every `accumulate` batches, optimizer_step():
+                unscale -> MEASURE -> JUDGE -> CLIP -> step -> BOUND THE UPDATE -> scaler update -> zero_grad -> EMA
+        FLUSH records; validate                  ADD the epoch's columns
+        save_metrics, save_model                 ADD policy and exact training state to the checkpoint
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.utils import LOGGER, RANK
+from ultralytics.utils.torch_utils import unwrap_model
+
+from yolo_gradstab.clipping import Clipped, ClipPolicy, UpdateRatios, clip_update_, update_ratios
+from yolo_gradstab.coco.dataset import build_coco_dataset, read_data_yaml, resolved_yaml
+from yolo_gradstab.config import Config, ConfigError, build_policy, load_config, read_config_file
+from yolo_gradstab.norms import (
+    FLOAT32_NORM_LIMIT,
+    GradientNorms,
+    Layers,
+    exact_gradient_norms,
+    gradient_norms,
+    tensor_norms,
+)
+from yolo_gradstab.runs import RunFolder, Status, replacing, versions
+from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord
+
+__all__ = ["TASKS", "GradstabMixin", "trainer_for"]
+
+TASKS: dict[str, type[BaseTrainer]] = {"detect": DetectionTrainer, "pose": PoseTrainer}
+
+STATE_KEY = "gradstab"  # of our state, inside the checkpoint's optimizer state
+
+
+def trainer_for(task: str, config: Config | dict[str, Any] | str | Path | None = None, /, **overrides: Any) -> type:
+    """A trainer class for `YOLO(...).train(trainer=...)`, with the configuration built in.
+
+    The configuration is an attribute of a class made here, since that is what reaches the workers of a multi-GPU
+    run: the host pickles the class and rebuilds the trainer from it.
+
+    Args:
+        task: ``detect`` or ``pose``.
+        config: A `Config`, a mapping of its keys, or the path of a YAML file of them.
+        overrides: Keys that win over `config`: ``clip="agc"``, ``update_clip=0.03``, ``guard={"nonfinite": "stop"}``,
+            or dotted ones as ``**{"clip.factor": 0.02}``.
+
+    Raises:
+        ConfigError: One line naming the key, the value, what is allowed and what to do.
+
+    Example:
+        >>> trainer_for("detect", clip="agc").gradstab_config.clip.factor
+        0.01
+    """
+    if task not in TASKS:
+        raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    layer = read_config_file(config) if isinstance(config, (str, Path)) else config
+    attributes = {"gradstab_config": load_config(layer, overrides), "__module__": __name__}
+    return type(f"Gradstab{TASKS[task].__name__}", (GradstabMixin, TASKS[task]), attributes)
+
+
+class _CheckpointPath(type(Path())):  # type: ignore[misc]  # Path itself cannot be subclassed before Python 3.12
+    """A path whose `write_bytes`, with which the host saves checkpoints, replaces the file in one rename."""
+
+    def write_bytes(self, data: bytes) -> int:
+        with replacing(Path(self)) as temporary:
+            return temporary.write_bytes(data)
+
+
+class _Accumulated:
+    """What the micro-batches since the last optimizer step add up to; sums stay on the device."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.loss: Tensor | float = 0.0
+        self.items: dict[str, Tensor | float] = {}
+
+    def add(self, loss: Tensor, items: dict[str, Tensor], images: int) -> None:
+        self.images += images
+        self.loss = self.loss + loss.detach()
+        for name, value in items.items():
+            self.items[name] = self.items.get(name, 0.0) + value.detach() * images
+
+    def state(self) -> dict[str, Any]:
+        return {"images": self.images, "loss": float(self.loss), "items": {k: float(v) for k, v in self.items.items()}}
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> _Accumulated:
+        new = cls()
+        new.images, new.loss, new.items = state["images"], state["loss"], state["items"]
+        return new
+
+
+class _StepBuffer:
+    """Steps whose values are still on the device, read together: one transfer for many steps."""
+
+    CAPACITY = 64
+    AGE_S = 1.0
+
+    def __init__(self) -> None:
+        self._known: list[dict[str, Any]] = []
+        self._shapes: list[dict[str, int]] = []  # of each step's values: name -> length, 0 for a single number
+        self._values: list[Tensor] = []
+        self._since_s = time.monotonic()
+
+    def add(self, known: dict[str, Any], values: dict[str, Tensor | float], device: torch.device) -> None:
+        """Add a step: what the host knows, and numbers or vectors to be read later."""
+        # float64 holds every float32 norm and the exact ones; Apple's MPS has no float64.
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        tensors = [torch.as_tensor(value, dtype=dtype, device=device).detach() for value in values.values()]
+        self._known.append(known)
+        self._shapes.append({name: t.numel() if t.ndim else 0 for name, t in zip(values, tensors, strict=True)})
+        self._values.append(torch.cat([t.reshape(-1) for t in tensors]))
+
+    def is_due(self) -> bool:
+        return len(self._known) >= self.CAPACITY or time.monotonic() - self._since_s > self.AGE_S
+
+    def read(self) -> list[dict[str, Any]]:
+        """Everything added since the last read, on the host, vectors as lists."""
+        self._since_s = time.monotonic()
+        if not self._known:
+            return []
+        numbers = iter(torch.cat(self._values).tolist())
+        rows = [
+            known | {name: [next(numbers) for _ in range(n)] if n else next(numbers) for name, n in shapes.items()}
+            for known, shapes in zip(self._known, self._shapes, strict=True)
+        ]
+        self._known, self._shapes, self._values = [], [], []
+        return rows
+
+
+class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
+    """Sight and clipping for any Ultralytics trainer; `trainer_for` puts it in front of the task's own class."""
+
+    gradstab_config: ClassVar[Config] = Config()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._config = self.gradstab_config
+        self._run: RunFolder | None = None  # only where records are written: rank 0, not the launcher of DDP workers
+        self._accumulated = _Accumulated()
+        self._buffer = _StepBuffer()
+        self._step = 0
+        self._attempt = 0
+        self._batch_in_epoch = 0
+        self._batch_images = 0
+        self._stepped = False  # whether the current micro-batch ended in an optimizer step
+        self._last_step_batch = -1
+        self._seconds_before = 0.0  # of the parts of the run before this one
+        self._stop_reason: str | None = None
+        self._resumed: dict[str, Any] | None = None  # the state to continue from, until the first epoch begins
+        self._aligning = False  # until the first optimizer step after a resume
+        self._nominal_accumulate: int | None = None
+        self._epoch_seen = -1
+        self._epoch_rows: list[dict[str, Any]] = []
+        self._epoch_columns: dict[str, float] = {}
+        super().__init__(*args, **kwargs)
+        self.wdir = _CheckpointPath(self.save_dir / "weights")
+        self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
+
+    # Data ------------------------------------------------------------------------------------------------------------
+
+    def get_dataset(self) -> dict[str, Any]:
+        """The host's data dictionary; from COCO JSON where the data YAML names it."""
+        data = read_data_yaml(self.args.data, self.args.task)
+        if data is None:
+            return dict(super().get_dataset())
+        if self.args.single_cls:
+            data["names"], data["nc"] = {0: "item"}, 1
+        if not self.ddp:  # the launcher's folder is removed before its workers start; each of them comes here again
+            path = Path(self.save_dir) / "gradstab" / "data.yaml"
+            if RANK in {-1, 0}:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(path) as temporary:
+                    temporary.write_text(yaml.safe_dump(resolved_yaml(data), sort_keys=False), encoding="utf-8")
+            self.args.data = str(path)  # which the host's final validation reads again
+        return data
+
+    def build_dataset(self, img_path: str, mode: str = "train", batch: int | None = None) -> Any:
+        """The host's dataset, or ours for a COCO JSON file."""
+        if not str(img_path).lower().endswith(".json"):
+            return super().build_dataset(img_path, mode, batch)
+        stride = max(int(unwrap_model(self.model).stride.max()), 32)
+        return build_coco_dataset(self.args, img_path, batch, self.data, mode, rect=mode == "val", stride=stride)
+
+    # The loop --------------------------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Train, and leave a true status whatever the end."""
+        if self.ddp:  # only launches workers, which come here themselves
+            super().train()
+            return
+        with self._recorded():
+            super().train()
+
+    def run_callbacks(self, event: str) -> None:
+        """Our part of an event, then everybody's callbacks."""
+        ours = {
+            "on_train_start": self._start_recording,
+            "on_train_epoch_start": self._start_epoch,
+            "on_train_batch_end": self._end_batch,
+            "on_train_epoch_end": self._end_epoch,
+        }.get(event)
+        if ours is not None:
+            ours()
+        super().run_callbacks(event)
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The host's, counting images: this runs once per micro-batch, after warm-up has set `accumulate`."""
+        batch = super().preprocess_batch(batch)
+        self._batch_in_epoch += 1
+        self._batch_images = len(batch["img"])
+        if self._aligning:
+            # The host steps on the first batch after a resume, as if none had been accumulated. It compares
+            # `ni + 1 >= accumulate` then; adding what had passed makes it step where the uninterrupted run did.
+            self._nominal_accumulate = self.accumulate
+            self.accumulate += self._last_step_batch + 1
+        return batch
+
+    def optimizer_step(self) -> None:
+        """Measure, judge, clip, step, bound: the host's step with sight. See the module's docstring for the order."""
+        self._gather()
+        self._stepped, self._last_step_batch = True, self._batch
+        self.scaler.unscale_(self.optimizer)
+        having = [i for i, p in enumerate(self._parameters) if p.grad is not None]
+        grads = [self._parameters[i].grad for i in having]
+        measured = gradient_norms(grads)
+        # One value is read on the host per step: an optimizer cannot be called conditionally without it.
+        sound = float(measured.total_norm) <= FLOAT32_NORM_LIMIT
+        if not sound:
+            measured = exact_gradient_norms(grads)
+        skipped = not sound and self._refuses(measured, having)
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        if skipped:
+            clipped, moved = Clipped(measured.total_norm, torch.ones_like(measured.total_norm)), None
+        else:
+            clipped = self._policy.apply_(self._parameters, measured, num_images=self._accumulated.images)
+            moved = self._step_and_bound()
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.ema and not skipped:
+            self.ema.update(self.model)
+        self._record(measured, having, clipped, moved, known={"skipped": skipped, "scale": scale})
+
+    def _refuses(self, measured: GradientNorms, having: list[int]) -> bool:
+        """Whether this unsound step is not applied; every rank decides alike, since gradients are reduced by now."""
+        bad = [self._names[i] for i, is_bad in zip(having, measured.nonfinite().tolist(), strict=True) if is_bad]
+        if not bad:
+            reason = "gradient_overflow"  # finite, but beyond what float32 can clip
+        else:
+            # Expected while an fp16 scaler finds its scale: it halves the scale, and training goes on.
+            reason = "scaler_overflow" if self.scaler.is_enabled() else "nonfinite_gradient"
+        wanted = self._config.guard.nonfinite
+        total_norm = float(measured.total_norm)
+        if self._run:
+            self._run.append_event(
+                {
+                    "event": "nonfinite" if wanted == "off" else "skip",
+                    "step": self._step,
+                    "epoch": self.epoch,
+                    "batch": self._batch,
+                    "reason": reason,
+                    "total_norm": total_norm,
+                    "num_tensors": len(bad),
+                    "tensors": bad[-10:],  # the last in forward order is nearest the origin: it spreads upstream
+                }
+            )
+        if wanted == "stop" and reason != "scaler_overflow":
+            where = f"{len(bad)} tensors, the last {bad[-1]}" if bad else f"norm {total_norm:.3g}"
+            self._stop_reason = f"{reason} at step {self._step} ({where}); guard.nonfinite=skip would go on without it"
+            self.stop = True
+        return wanted != "off"
+
+    def _step_and_bound(self) -> UpdateRatios | None:
+        """The optimizer's step, its update bounded and measured where that is wanted."""
+        bound = self._config.update_clip
+        if bound is None and self._step % self._config.telemetry.layers_every:
+            self.scaler.step(self.optimizer)
+            return None
+        torch._foreach_copy_(self._before, self._trained)
+        self.scaler.step(self.optimizer)
+        if bound is None:
+            return update_ratios(self._trained, self._before)
+        return clip_update_(self._trained, self._before, self._max_ratios(bound.max_ratio, follow_lr=bound.follow_lr))
+
+    def _max_ratios(self, max_ratio: float, *, follow_lr: bool) -> float | list[float]:
+        """The bound of each tensor now: `max_ratio` times how far the schedule has its group's rate up."""
+        if not follow_lr:
+            return max_ratio
+        groups = self.optimizer.param_groups
+        bounds = [max_ratio * min(1.0, group["lr"] / group["initial_lr"]) for group in groups]
+        return [bounds[group] for group in self._group_of_trained]
+
+    # Records ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def _batch(self) -> int:
+        """The host's index of the current micro-batch over the whole run."""
+        return int(self.epoch) * len(self.train_loader) + self._batch_in_epoch - 1
+
+    def _gather(self) -> None:
+        """Add the current micro-batch's losses; under DDP the host has multiplied them by the number of ranks."""
+        loss = self.loss / self.world_size if RANK != -1 else self.loss
+        self._accumulated.add(loss, self.loss_items, self._batch_images)
+
+    def _end_batch(self) -> None:
+        if not self._stepped:
+            self._gather()
+        if self._nominal_accumulate is not None:
+            self.accumulate, self._nominal_accumulate = self._nominal_accumulate, None
+            self._aligning = not self._stepped
+        self._stepped = False
+
+    def _record(
+        self,
+        measured: GradientNorms,
+        having: list[int],
+        clipped: Clipped,
+        moved: UpdateRatios | None,
+        *,
+        known: dict[str, Any],
+    ) -> None:
+        """Keep this step's values, still on the device; read them when it is time."""
+        done, self._accumulated = self._accumulated, _Accumulated()
+        step, self._step = self._step, self._step + 1
+        if self._run is None:
+            return
+        values: dict[str, Any] = {"loss": done.loss / done.images}
+        values |= {f"item/{name}": value / done.images for name, value in done.items.items()}
+        values |= {"total_norm": measured.total_norm, **clipped._asdict(), "nonfinite": measured.nonfinite().sum()}
+        if moved is not None:
+            values["update_ratio_max"] = moved.ratio.max()
+            if self._config.update_clip is not None:
+                values["bounded_share"] = (moved.scale < 1).double().mean()
+        if step % self._config.telemetry.layers_every == 0:
+            values |= self._layer_values(measured, having, moved)
+        known |= {
+            "step": step,
+            "epoch": self.epoch,
+            "attempt": self._attempt,
+            "batch": self._batch,
+            "images": done.images * max(self.world_size, 1),
+            "lr": self.optimizer.param_groups[self._main_group]["lr"],
+            "time_s": self._seconds(),
+        }
+        self._buffer.add(known, values, measured.total_norm.device)
+        if self._buffer.is_due():
+            self._drain()
+
+    def _layer_values(
+        self, measured: GradientNorms, having: list[int], moved: UpdateRatios | None
+    ) -> dict[str, Tensor]:
+        """Vectors over the stages, named as `LayerRecord` names them."""
+        norms = self._spread(measured.norms, having)
+        weight_norm = tensor_norms(self._trained) if moved is None else moved.weight_norm
+        update_norm = torch.zeros_like(weight_norm) if moved is None else moved.update_norm * moved.scale
+        weights = self._layers.norms(self._spread(weight_norm, self._trained_index))
+        updates = self._layers.norms(self._spread(update_norm, self._trained_index))
+        return {
+            "layer/grad_norm": self._layers.norms(norms),
+            "layer/weight_norm": weights,
+            "layer/update_ratio": updates / weights.clamp_min(torch.finfo(weights.dtype).tiny),
+            "layer/nonfinite": self._layers.sums((~torch.isfinite(norms)).to(norms.dtype)),
+        }
+
+    def _spread(self, values: Tensor, index: list[int]) -> Tensor:
+        """Values of some parameters as a vector over all of them, zero elsewhere."""
+        full = values.new_zeros(len(self._parameters))
+        full[torch.tensor(index, device=values.device)] = values
+        return full
+
+    def _drain(self) -> None:
+        """Bring what has been recorded to the host and to the tables."""
+        every = self._config.telemetry.every
+        for values in self._buffer.read():
+            self._epoch_rows.append(values)
+            fields: dict[str, Any] = {"bounded_share": None, "update_ratio_max": None}
+            fields |= {name: value for name, value in values.items() if "/" not in name}
+            fields["nonfinite"] = int(fields["nonfinite"])
+            fields["losses"] = {k[5:].removesuffix("_loss"): v for k, v in values.items() if k.startswith("item/")}
+            record = StepRecord(**fields)
+            if record.step % every == 0:
+                self._step_parts.append([record.row()])
+            columns = {k[6:]: v for k, v in values.items() if k.startswith("layer/")}
+            if columns:
+                rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+                self._layer_parts.append(
+                    LayerRecord(step=record.step, layer=layer, **{**row, "nonfinite": int(row["nonfinite"])}).row()
+                    for layer, row in zip(self._layers.names, rows, strict=True)
+                )
+
+    def _seconds(self) -> float:
+        return self._seconds_before + time.time() - self._started_s
+
+    # Begin and end ---------------------------------------------------------------------------------------------------
+
+    def _index_parameters(self) -> None:
+        """List parameters once per epoch: building the lists costs as much as a norm, and a user may unfreeze some."""
+        named = list(unwrap_model(self.model).named_parameters())
+        self._names = [name for name, _ in named]
+        self._parameters = [p for _, p in named]
+        self._trained_index = [i for i, p in enumerate(self._parameters) if p.requires_grad]
+        trained = [self._parameters[i] for i in self._trained_index]
+        groups = self.optimizer.param_groups
+        group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        self._group_of_trained = [group_of[id(p)] for p in trained]
+        sizes = [sum(p.numel() for p in group["params"]) for group in groups]
+        self._main_group = sizes.index(max(sizes))
+        self._layers = Layers.stages(self._names)
+        if [id(p) for p in trained] != [id(p) for p in getattr(self, "_trained", [])]:
+            self._trained = trained
+            self._before = [torch.empty_like(p, requires_grad=False) for p in trained]
+
+    @cached_property
+    def _policy(self) -> ClipPolicy:
+        return build_policy(self._config.clip).bind(unwrap_model(self.model))
+
+    def _start_recording(self) -> None:
+        """Open the run folder, once the model, the optimizer and any checkpoint are in place."""
+        self._started_s = time.time()
+        if RANK not in {-1, 0}:
+            return
+        run = RunFolder(self.save_dir)
+        run.create(self._config.to_dict())
+        self._step_parts = PartWriter(run.steps, STEP_SCHEMA)
+        self._layer_parts = PartWriter(run.layers, LAYER_SCHEMA)
+        dropped = self._step_parts.drop_from(self._step)
+        self._layer_parts.drop_from(self._step)
+        run.drop_events_from(self._step)
+        if dropped and self._step:
+            LOGGER.info(f"Records of {dropped} steps after the checkpoint are dropped; those steps are made again")
+        self._run = run
+        run.write_status(Status(step=self._step, versions=versions(), seconds=self._seconds_before))
+
+    def _start_epoch(self) -> None:
+        if self.epoch == self._epoch_seen:  # out of memory or NaN: the host starts this epoch again, gradients dropped
+            self._attempt += 1
+            self._accumulated = _Accumulated()
+            self._last_step_batch, self._aligning = -1, False
+        self._epoch_seen, self._batch_in_epoch = self.epoch, 0
+        self._epoch_rows = []
+        self._index_parameters()
+        if self._resumed is not None:
+            self._continue(self._resumed)
+            self._resumed, self._aligning = None, True
+
+    def _end_epoch(self) -> None:
+        """Write records before validation takes its time, and put the epoch's columns where loggers look."""
+        if self._run is None:
+            return
+        self._drain()
+        self._step_parts.flush()
+        self._layer_parts.flush()
+        self._epoch_columns = _epoch_columns(self._epoch_rows)
+        self.metrics.update(self._epoch_columns)
+        skipped = sum(row["skipped"] for row in self._epoch_rows)
+        if skipped:
+            LOGGER.warning(f"{skipped} of {len(self._epoch_rows)} optimizer steps not applied, see {self._run.events}")
+        self._run.write_status(Status(step=self._step, versions=versions(), seconds=self._seconds()))
+
+    def validate(self) -> tuple[dict[str, float] | None, float | None]:
+        """The host's, with the epoch's gradient columns beside its metrics."""
+        metrics, fitness = super().validate()
+        if metrics is not None:
+            metrics.update(self._epoch_columns)
+        return metrics, fitness
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Whatever ends the run, write the remaining records and a status that says so."""
+        status = Status(outcome="completed")
+        try:
+            with _terminable():
+                yield
+            if self._stop_reason:
+                status = Status(outcome="stopped", reason=self._stop_reason)
+        except (KeyboardInterrupt, SystemExit) as error:
+            name = "SIGINT" if isinstance(error, KeyboardInterrupt) else "SIGTERM"
+            status = Status(outcome="interrupted", reason=f"{name}; continue with resume={self.last}")
+            raise
+        except Exception as error:
+            status = Status(outcome="failed", reason=f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            if RANK in {-1, 0}:
+                self._finish(status)
+
+    def _finish(self, status: Status) -> None:
+        if self._run is None:  # it ended during set-up: nothing was recorded, and the folder says why
+            self._started_s = time.time()
+            self._run = RunFolder(self.save_dir)
+            self._run.create(self._config.to_dict())
+        else:
+            try:
+                self._drain()
+            finally:  # a broken device cannot be read any more; what had been read is written all the same
+                self._step_parts.flush()
+                self._layer_parts.flush()
+        status.step, status.versions, status.seconds = self._step, versions(), self._seconds()
+        status.metrics = {k: float(v) if np.isfinite(v) else None for k, v in (self.metrics or {}).items()}
+        self._run.write_status(status)
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def save_model(self) -> bool:
+        """The host's checkpoint, with our state inside its optimizer state: one file, and stock opens it.
+
+        The host keeps half-precision EMA weights and no others, so its own resume is a restart nearby. Ours keeps the
+        weights, EMA, optimizer, random states and pending gradients exactly. When training is done the host strips
+        the optimizer state, and ours goes with it.
+        """
+        handle = self.optimizer.register_state_dict_post_hook(self._add_state)
+        try:
+            return bool(super().save_model())
+        finally:
+            handle.remove()
+
+    def _add_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
+        """Optimizer hook: everything the next epoch depends on."""
+        del optimizer
+        dataset = self.train_loader.dataset
+        closing = self.args.close_mosaic
+        pending = self._accumulated.images > 0
+        state_dict[STATE_KEY] = {
+            "config": self._config.to_dict(),
+            "policy": self._policy.state_dict(),
+            "step": self._step,
+            "attempt": self._attempt,
+            "seconds": self._seconds(),
+            "last_step_batch": self._last_step_batch,
+            "model": unwrap_model(self.model).state_dict(),
+            "ema": self.ema.ema.state_dict(),
+            # The host halves tensors in the inner dictionaries of its copy, so ours must be other dictionaries.
+            "optimizer": {
+                "state": {k: dict(v) for k, v in state_dict["state"].items()},
+                "param_groups": [dict(group) for group in state_dict["param_groups"]],
+            },
+            "accumulated": self._accumulated.state(),
+            "grads": {n: p.grad for n, p in zip(self._names, self._parameters, strict=True)} if pending else {},
+            "random": {
+                "python": random.getstate(),
+                "numpy": np.random.get_state(),  # noqa: NPY002  # the host's augmentations draw from it
+                "torch": torch.get_rng_state(),
+                "cuda": torch.cuda.get_rng_state_all() if self.device.type == "cuda" else [],
+                "loader": self.train_loader.generator.get_state(),
+            },
+            "mosaic_closed": bool(closing) and self.epoch >= self.epochs - closing,
+            "mosaic_buffer": list(getattr(dataset, "buffer", [])),
+        }
+
+    def _load_checkpoint_state(self, ckpt: dict[str, Any]) -> None:
+        """The host's, and the policy's state with it: also when the host goes back to `last.pt` after a NaN."""
+        super()._load_checkpoint_state(ckpt)
+        state = _our_state(ckpt)
+        if state is not None:
+            self._policy.load_state_dict(state["policy"])
+
+    def resume_training(self, ckpt: dict[str, Any] | None) -> None:
+        """Continue exactly where the checkpoint was made, with the run's own configuration."""
+        state = _our_state(ckpt) if self.resume else None
+        if state is not None:
+            saved = load_config(state["config"])
+            if self._config not in (saved, Config()):
+                LOGGER.warning("Resume uses the run's own gradstab/config.yaml; start a new run to change its keys")
+            self._config = saved
+        super().resume_training(ckpt)
+        if state is not None:
+            self._restore(state)
+        elif self.resume:
+            LOGGER.warning(f"{self.args.model} was not made by yolo_gradstab: records and policy state start afresh")
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """Exact weights and counters now; what the epoch's start would overwrite waits for `_continue`."""
+        unwrap_model(self.model).load_state_dict(state["model"])
+        self.ema.ema.load_state_dict(state["ema"])
+        for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
+            saved["fused"] = group.get("fused")  # as the host does: the device decides, not the checkpoint
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._step, self._attempt = state["step"], state["attempt"]
+        self._seconds_before, self._last_step_batch = state["seconds"], state["last_step_batch"]
+        if state["mosaic_closed"]:  # the host would close it again and draw from the loader's generator in doing so
+            self._close_dataloader_mosaic()
+            state["close_mosaic"], self.args.close_mosaic = self.args.close_mosaic, 0
+        self._resumed = state
+
+    def _continue(self, state: dict[str, Any]) -> None:
+        """Restore what set-up has consumed since: random states, the mosaic buffer, gradients of pending batches."""
+        self.args.close_mosaic = state.get("close_mosaic", self.args.close_mosaic)
+        dataset = self.train_loader.dataset
+        for index in state["mosaic_buffer"]:
+            dataset.load_image(index)
+        if state["mosaic_buffer"]:
+            dataset.buffer[:] = state["mosaic_buffer"]
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            grad = state["grads"].get(name)
+            parameter.grad = None if grad is None else grad.to(parameter.device)
+        self._accumulated = _Accumulated.from_state(state["accumulated"])
+        if self.world_size <= 1:  # only rank 0's were saved
+            saved = state["random"]
+            random.setstate(saved["python"])
+            np.random.set_state(saved["numpy"])  # noqa: NPY002
+            torch.set_rng_state(saved["torch"])
+            if self.device.type == "cuda" and len(saved["cuda"]) == torch.cuda.device_count():
+                torch.cuda.set_rng_state_all(saved["cuda"])
+            self.train_loader.generator.set_state(saved["loader"])
+
+
+def _our_state(ckpt: dict[str, Any] | None) -> dict[str, Any] | None:
+    state: dict[str, Any] | None = ((ckpt or {}).get("optimizer") or {}).get(STATE_KEY)
+    return state
+
+
+def _epoch_columns(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The epoch's columns of `results.csv`; NaN where no step was made."""
+    norms = [row["total_norm"] for row in rows if np.isfinite(row["total_norm"])] or [np.nan]
+    coefs = [row["clip_coef"] for row in rows if not row["skipped"]] or [np.nan]
+    lrs = [row["lr"] for row in rows if not row["skipped"]] or [np.nan]
+    return {
+        "grad/norm_p50": float(np.median(norms)),
+        "grad/norm_max": float(np.max(norms)),
+        "grad/clipped_share": float(np.mean(np.less(coefs, 1))) if rows else np.nan,
+        "grad/lr_eff": float(np.mean(np.multiply(lrs, coefs))),
+        "grad/skipped": float(sum(row["skipped"] for row in rows)),
+    }
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM, as a cluster or `kill` sends it, unwinds the stack instead of ending the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
