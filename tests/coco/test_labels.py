@@ -1,0 +1,386 @@
+"""`coco.labels`, with `check`, `images`, `keypoints` and `segments`: what is used, what it becomes, and the account."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from yolo_gradstab.coco.annotations import CocoError, read_coco
+from yolo_gradstab.coco.check import CheckReport, check_coco
+from yolo_gradstab.coco.images import find_images, image_folders, read_image_size
+from yolo_gradstab.coco.keypoints import flip_index
+from yolo_gradstab.coco.labels import CocoLabels, make_labels
+from yolo_gradstab.coco.people import KEYPOINTS
+from yolo_gradstab.coco.segments import RunLengths, decode_run_lengths, join_outlines
+
+from .conftest import Builder
+
+POINTS = ["left_eye", "right_eye"]
+SEEN = [20, 30, 2, 25, 30, 2]
+
+
+def labels_of(build: Builder, coco: dict[str, Any], *, task: str = "detect") -> CocoLabels:
+    annotations = read_coco(build.write(coco), segments=task == "segment")
+    return make_labels(annotations, find_images(annotations.images, image_folders(build.images)), task=task)
+
+
+def check(build: Builder, coco: dict[str, Any], *, task: str = "detect", draw: bool = True) -> CheckReport:
+    return check_coco(build.write(coco, draw=draw), images=build.images, task=task)
+
+
+def test_box_is_centre_and_size_over_the_image(build: Builder) -> None:
+    image = labels_of(build, build.coco()).images[0]
+    np.testing.assert_array_equal(image.boxes, np.float32([[0.25, 0.5, 0.3, 0.5]]))  # (10+15)/100, (20+20)/80
+    assert image.classes.tolist() == [0.0]
+    assert image.keypoints is None
+
+
+def test_classes_are_categories_in_the_order_of_their_ids(build: Builder) -> None:
+    categories = [build.category(id=i, name=n) for i, n in ((90, "z"), (1, "a"), (13, "same"), (40, "same"))]
+    annotations = [build.annotation(id=i, category_id=i) for i in (90, 13, 1, 40)]
+    labels = labels_of(build, build.coco(categories=categories, annotations=annotations))
+    assert labels.names == {0: "a", 1: "same", 2: "same", 3: "z"}
+    assert labels.images[0].classes.tolist() == [3, 1, 0, 2]  # in the order of the file
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"iscrowd": 1}, "crowd"),
+        ({"iscrowd": True}, "crowd"),
+        ({"bbox": [10, 10, 0, 5]}, "zero_area"),
+        ({"bbox": [10, 10, 0, 0]}, "zero_area"),
+        ({"bbox": [100, 10, 5, 5]}, "outside"),
+        ({"bbox": [-5, 10, 5, 5]}, "outside"),
+        ({"bbox": [1e308, 10, 1e308, 5]}, "outside"),
+        ({"image_id": 2}, "missing_image"),
+        ({"bbox": [50, 20, 30, 40]}, "duplicate"),
+    ],
+)
+def test_unused_annotation_has_its_reason(build: Builder, changes: dict[str, Any], reason: str) -> None:
+    good = build.annotation(id=1, bbox=[50, 20, 30, 40])
+    coco = build.coco(annotations=[good, build.annotation(**changes)], images=[build.image()])
+    build.write(coco)
+    coco["images"].append(build.image(id=2, file_name="missing.png"))
+    report = check(build, coco, draw=False)
+    assert report.unused == {reason: 1}
+    assert [(u.annotation_id, u.reason) for u in report.unused_annotations] == [(7, reason)]
+    assert report.used == 1
+
+
+def test_same_box_of_another_class_or_image_is_no_duplicate(build: Builder) -> None:
+    annotations = [build.annotation(id=1), build.annotation(id=2, category_id=4), build.annotation(id=3, image_id=2)]
+    images = [build.image(), build.image(id=2, file_name="b.png")]
+    categories = [build.category(), build.category(id=4)]
+    report = check(build, build.coco(annotations=annotations, images=images, categories=categories))
+    assert (report.used, report.unused) == (3, {})
+
+
+def test_duplicates_apart_in_the_file_leave_the_first_and_the_order(build: Builder) -> None:
+    boxes = [[9, 9, 9, 9], [1, 1, 5, 5], [9, 9, 9, 9], [3, 3, 5, 5], [1, 1, 5, 5]]
+    labels = labels_of(build, build.coco(annotations=[build.annotation(id=i, bbox=b) for i, b in enumerate(boxes)]))
+    assert [u.annotation_id for u in labels.unused] == [2, 4]
+    np.testing.assert_allclose(labels.images[0].boxes[:, 2] * 100, [9, 5, 5], rtol=1e-6)
+
+
+def test_box_partly_outside_is_cut_and_counted(build: Builder) -> None:
+    labels = labels_of(build, build.coco(annotations=[build.annotation(bbox=[-10, 70, 30, 40])]))
+    np.testing.assert_allclose(labels.images[0].boxes, [[0.1, 75 / 80, 0.2, 10 / 80]], rtol=1e-6)
+    assert labels.clipped == [7]
+    assert not labels.unused
+
+
+def test_box_that_ends_at_the_border_is_not_counted_as_cut(build: Builder) -> None:
+    labels = labels_of(build, build.coco(annotations=[build.annotation(bbox=[99.9 - 33.3, 0, 33.4000000001, 80])]))
+    assert labels.clipped == []
+    assert labels.images[0].boxes.max() <= 1
+
+
+def test_images_are_sorted_by_file_and_background_images_kept(build: Builder) -> None:
+    images = [build.image(id=i, file_name=n) for i, n in ((1, "b.png"), (2, "a.png"), (3, "sub/c.png"))]
+    labels = labels_of(build, build.coco(images=images))
+    assert [Path(i.file).name for i in labels.images] == ["a.png", "b.png", "c.png"]
+    assert [len(i.classes) for i in labels.images] == [0, 1, 0]
+    report = check(build, build.coco(images=images))
+    assert (report.images_without_annotations, report.background_images) == (2, 2)
+
+
+def pose(build: Builder, *keypoints: list[float] | None, **changes: Any) -> dict[str, Any]:
+    annotations = [
+        build.annotation(id=i, bbox=[10, 20, 30 + i, 40], keypoints=k, **changes) for i, k in enumerate(keypoints)
+    ]
+    return build.coco(annotations=annotations, categories=[build.category(keypoints=POINTS)])
+
+
+def test_unlabelled_keypoint_is_zero_and_hidden_one_is_kept(build: Builder) -> None:
+    image = labels_of(build, pose(build, [50, 40, 1, 9, 9, 0]), task="pose").images[0]
+    assert image.keypoints is not None
+    assert image.keypoints.tolist() == [[[0.5, 0.5, 1.0], [0.0, 0.0, 0.0]]]
+
+
+def test_keypoint_outside_its_box_is_data_and_outside_the_image_is_unlabelled(build: Builder) -> None:
+    labels = labels_of(build, pose(build, [90, 79, 2, 101, 40, 2]), task="pose")
+    assert labels.images[0].keypoints is not None
+    np.testing.assert_allclose(labels.images[0].keypoints, [[[0.9, 79 / 80, 2], [0, 0, 0]]], rtol=1e-6)
+    assert labels.num_keypoints_outside == 1
+
+
+@pytest.mark.parametrize("points", [None, [], [0] * 6, [101, 5, 2, 0, 0, 0]])
+def test_person_without_keypoints_is_not_used_for_pose(build: Builder, points: list[float] | None) -> None:
+    report = check(build, pose(build, SEEN, points), task="pose")
+    assert (report.used, report.unused) == (1, {"no_keypoints": 1})
+
+
+def test_category_without_keypoints_is_not_used_for_pose(build: Builder) -> None:
+    coco = pose(build, SEEN)
+    coco["categories"].append(build.category(id=9, name="dog"))
+    coco["annotations"].append(build.annotation(id=9, category_id=9))
+    assert check(build, coco, task="pose").unused == {"no_keypoints": 1}
+
+
+def test_same_box_with_other_keypoints_is_no_duplicate(build: Builder) -> None:
+    coco = pose(build, SEEN, [21, *SEEN[1:]], SEEN)
+    for annotation in coco["annotations"]:
+        annotation["bbox"] = [1, 1, 50, 50]
+    assert check(build, coco, task="pose").unused == {"duplicate": 1}
+
+
+def test_pose_without_keypoints_is_refused(build: Builder) -> None:
+    with pytest.raises(CocoError, match=r"a.json: no category has `keypoints`"):
+        check(build, build.coco(), task="pose")
+    with pytest.raises(CocoError, match=r"a.json: no annotation has keypoints"):
+        check(build, pose(build, None), task="pose")
+
+
+def test_pose_categories_must_agree_on_the_number_of_points(build: Builder) -> None:
+    coco = pose(build, SEEN)
+    coco["categories"].append(build.category(id=9, name="dog", keypoints=["tail"]))
+    with pytest.raises(CocoError, match=r"category 3 \(cat\) has 2 keypoints, category 9 \(dog\) has 1"):
+        check(build, coco, task="pose")
+
+
+def test_visibility_must_be_cocos(build: Builder) -> None:
+    with pytest.raises(CocoError, match=r"annotation 0: keypoint visibility must be 0 .* got"):
+        check(build, pose(build, [1, 1, 0.5, 1, 1, 2]), task="pose")
+
+
+COCO_FLIP = [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]  # ultralytics/cfg/datasets/coco-pose.yaml
+
+
+@pytest.mark.parametrize(
+    ("names", "flip", "unpaired"),
+    [
+        (KEYPOINTS, COCO_FLIP, []),
+        (["Eye_Left", "EYE_RIGHT", "tail"], [1, 0, 2], []),
+        (["L_Eye", "R_Eye", "front_left_paw", "front_right_paw"], [1, 0, 3, 2], []),
+        (["leftEar", "rightEar"], [1, 0], []),
+        (["left_eye", "nose"], [0, 1], ["left_eye"]),
+        (["left_eye", "left_eye", "right_eye"], [0, 2, 1], ["left_eye"]),
+        (["鼻", "目"], [0, 1], []),
+    ],
+)
+def test_flip_index(names: list[str], flip: list[int], unpaired: list[str]) -> None:
+    assert flip_index(names) == (flip, unpaired)
+
+
+def test_point_without_counterpart_is_noted(build: Builder) -> None:
+    coco = pose(build, SEEN)
+    coco["categories"][0]["keypoints"] = ["left_eye", "nose"]
+    assert check(build, coco, task="pose").notes == [
+        "keypoint left_eye has no counterpart on the other side; mirrored images keep it as it is"
+    ]
+
+
+def segmented(build: Builder, *shapes: Any) -> dict[str, Any]:
+    return build.coco(annotations=[build.annotation(id=i, segmentation=s) for i, s in enumerate(shapes)])
+
+
+def test_segment_box_is_that_of_its_outline(build: Builder) -> None:
+    image = labels_of(build, segmented(build, [[10, 20, 50.9, 20, 50.9, 40, 10, 40]]), task="segment").images[0]
+    np.testing.assert_allclose(image.segments[0] * [100, 80], [[10, 20], [50.9, 20], [50.9, 40], [10, 40]], rtol=1e-6)
+    np.testing.assert_allclose(image.boxes, [[0.3045, 0.375, 0.409, 0.25]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [None, [], [[1, 2, 3, 4]], [[5, 5, 6, 6, 7, 5]], [[200, 5, 206, 6, 207, 5]]])
+def test_annotation_without_outline_is_not_used_for_segment(build: Builder, shape: Any) -> None:
+    report = check(build, segmented(build, shape), task="segment")
+    expected = {} if shape == [[5, 5, 6, 6, 7, 5]] else {"no_segment": 1}
+    assert report.unused == expected
+
+
+def test_same_box_with_other_outline_is_no_duplicate(build: Builder) -> None:
+    one, other = [[10, 20, 50, 20, 50, 40, 10, 40]], [[10, 20, 50, 40, 50, 20, 10, 40]]
+    assert check(build, segmented(build, one, other, one), task="segment").unused == {"duplicate": 1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("x", "neither polygons"),
+        ([[1, 2, 3, 4, 5, 6, 7]], "a polygon of 7 numbers"),
+        ({"size": [80, 100], "counts": [5]}, "broken run-length mask: run lengths sum to 5"),
+        ({"size": [8, 10], "counts": [80]}, "a mask of 10x8; image 1 is 100x80"),
+        ({"size": [80, 100], "counts": "\u00e9"}, "broken run-length mask"),
+    ],
+)
+def test_broken_segmentation_is_named(build: Builder, shape: Any, message: str) -> None:
+    with pytest.raises(CocoError, match=f"annotation 0: segmentation .*{message}"):
+        check(build, segmented(build, shape), task="segment")
+
+
+def test_run_lengths_decode_as_pycocotools_decodes_them() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        height, width = (int(n) for n in rng.integers(1, 40, 2))
+        mask = np.asfortranarray((rng.random((height, width)) < rng.random()).astype(np.uint8))
+        text = coco_mask.encode(mask)["counts"].decode()
+        np.testing.assert_array_equal(decode_run_lengths(RunLengths((height, width), text)), mask)
+
+
+def test_joined_outline_encloses_the_parts_and_nothing_else() -> None:
+    squares = [np.array([[x, y], [x + 10, y], [x + 10, y + 10], [x, y + 10.0]]) for x, y in ((5, 5), (30, 8), (12, 40))]
+    joined = join_outlines(squares)
+    together, apart = np.zeros((60, 60), np.uint8), np.zeros((60, 60), np.uint8)
+    cv2.fillPoly(together, [joined.astype(np.int32)], 1)
+    for square in squares:
+        cv2.fillPoly(apart, [square.astype(np.int32)], 1)
+    assert (together >= apart).all()
+    assert int(together.sum()) - int(apart.sum()) < 60  # the two bridges, one pixel wide
+    assert cv2.contourArea(joined.astype(np.float32)) == pytest.approx(300)
+
+
+def test_missing_images_are_all_listed(build: Builder) -> None:
+    images = [build.image(id=i, file_name=f"{i}.png") for i in (1, 2, 3)]
+    report = check(build, build.coco(images=images), draw=False)
+    assert [problem.partition(": ")[2] for problem in report.problems] == [
+        f"image {i}: {i}.png not found in {build.images}" for i in (1, 2, 3)
+    ]
+    assert (report.missing_images, report.unused, report.ok) == (3, {"missing_image": 1}, False)
+
+
+def test_image_of_another_size_is_a_problem(build: Builder) -> None:
+    coco = build.coco()
+    build.write(coco)
+    coco["images"][0]["width"] = 101
+    (problem,) = check(build, coco, draw=False).problems
+    assert "image 1: the JSON says 101x80, the file" in problem
+    assert "is 100x80" in problem
+
+
+@pytest.mark.parametrize("cut", [2, 700])
+def test_truncated_jpeg_is_a_problem_and_left_as_it_is(build: Builder, cut: int) -> None:
+    coco = build.coco(images=[build.image(file_name="a.jpg")])
+    build.write(coco)
+    file = build.images / "a.jpg"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-cut])
+    (problem,) = check(build, coco, draw=False).problems
+    assert f"image 1: {file}: cannot be read as an image" in problem
+    assert file.read_bytes() == whole[:-cut]
+    assert [path.name for path in build.images.iterdir()] == ["a.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [("a.png", 9, "is 9x9 pixels; sides under 10"), ("a.ppm", 20, "is not of a kind that can be trained on")],
+)
+def test_image_the_host_would_skip_is_a_problem(build: Builder, name: str, size: int, message: str) -> None:
+    coco = build.coco(images=[build.image(file_name=name, width=size, height=size)])
+    assert message in check(build, coco).problems[0]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_size_is_that_of_the_image_as_training_reads_it(tmp_path: Path, suffix: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = tmp_path / f"a.{suffix}"
+    Image.new("RGB", (40, 20)).save(file, exif=exif)
+    pixels = cv2.imread(str(file))
+    assert pixels is not None
+    assert read_image_size(file, decode=True) == (pixels.shape[1], pixels.shape[0])
+    if suffix == "jpg":
+        assert read_image_size(file) == ((20, 40) if orientation > 4 else (40, 20))
+
+
+def test_first_folder_that_holds_the_image_wins(build: Builder, tmp_path: Path) -> None:
+    coco = read_coco(build.write(build.coco()))
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert find_images(coco.images, image_folders([empty, build.images])) == {1: str(build.images / "a.png")}
+
+
+def test_no_such_folder_and_task(build: Builder) -> None:
+    path = build.write(build.coco())
+    with pytest.raises(CocoError, match=r"images: .*nowhere is not a folder"):
+        check_coco(path, images=build.folder / "nowhere")
+    with pytest.raises(CocoError, match=r"task must be one of detect, pose, segment .* got 'obb'"):
+        check_coco(path, images=build.images, task="obb")
+
+
+def test_report_is_strict_json(build: Builder) -> None:
+    report = check(build, build.coco(annotations=[build.annotation(iscrowd=1)]))
+    data = json.loads(msgspec.json.encode(report))
+    assert data["unused"] == {"crowd": 1}
+    assert data["unused_annotations"] == [{"annotation_id": 7, "image_id": 1, "reason": "crowd"}]
+    assert report.summary() == "1 annotations, 0 used; not used: 1 crowd"
+
+
+def counted(path: Path, *, task: str) -> Counter[str]:
+    """Count the unused annotations anew, from plain JSON."""
+    reasons: Counter[str] = Counter()
+    for annotation in json.loads(path.read_text())["annotations"]:
+        if annotation["iscrowd"]:
+            reasons["crowd"] += 1
+        elif math.prod(annotation["bbox"][2:]) == 0:
+            reasons["zero_area"] += 1
+        elif task == "pose" and not any(annotation["keypoints"][2::3]):
+            reasons["no_keypoints"] += 1
+        elif task == "segment" and not annotation["segmentation"]:
+            reasons["no_segment"] += 1
+    return reasons
+
+
+@pytest.mark.parametrize(
+    ("name", "images", "task", "expected"),
+    [
+        ("bccd/annotations/instances_train.json", "images", "detect", {"zero_area": 1}),
+        ("bccd/annotations/instances_val.json", "images", "detect", {"zero_area": 1}),
+        ("coco_open/annotations/instances_train2017.json", "images/train2017", "segment", {"crowd": 6}),
+        ("coco_open/annotations/person_keypoints_train2017.json", "images/train2017", "pose", None),
+        ("coco_open/annotations/person_keypoints_val2017.json", "images/val2017", "pose", None),
+    ],
+)
+def test_real_data_is_accounted_for(
+    shared: Callable[[str], Path], name: str, images: str, task: str, expected: dict[str, int] | None
+) -> None:
+    root = shared(name.partition("/")[0])
+    path = root.parent / name
+    report = check_coco(path, images=root / images, task=task)
+    assert report.unused == counted(path, task=task)
+    assert expected is None or report.unused == expected
+    assert (
+        report.annotations
+        == report.used + sum(report.unused.values())
+        == len(json.loads(path.read_text())["annotations"])
+    )
+    assert sum(category.used for category in report.categories) == report.used
+    assert report.problems == []
+
+
+def test_nothing_random_is_disturbed(build: Builder) -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    check(build, build.coco())
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before  # noqa: NPY002

@@ -1,0 +1,344 @@
+"""The `yolo-gradstab` command, in the style of `yolo`: words, then `key=value`.
+
+Exit status: 0 done, 1 the work failed (one line on stderr), 2 wrong use (one line on stderr). Set `GRADSTAB_DEBUG=1`
+to see a traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from yolo_gradstab.config import Config, ConfigError, config_keys, load_config, read_config_file
+
+__all__ = ["main"]
+
+HELP = """\
+yolo-gradstab: Ultralytics YOLO training with gradients measured, clipped and recorded
+
+  yolo-gradstab detect train data=... model=yolo26n.yaml lr0=0.01 clip=agc      every Ultralytics argument works
+  yolo-gradstab pose   train data=... model=yolo26n-pose.yaml
+  yolo-gradstab demo [out=demo]                  sample data, detect and pose runs over learning rates, a report
+  yolo-gradstab sweep SPEC.yaml [out=DIR] [key=value ...]                run or continue a sweep, then its report
+  yolo-gradstab report DIR [DIR ...] [out=DIR]   report.html, report.md, summary.json, trials.csv
+  yolo-gradstab data check   coco=FILE.json images=DIR [task=detect|pose|segment] [format=json]
+  yolo-gradstab data convert coco=FILE.json images=DIR out=DIR [task=...]              YOLO labels
+  yolo-gradstab data sample  out=DIR [task=detect|pose] [images=96] [size=160] [seed=0]    a drawn set
+
+Our keys, beside Ultralytics' own (also from a file: gradstab=FILE.yaml, which keys on the line override):
+  clip=none|norm|value|agc|autoclip|zclip|tensor_ema|stabilizer   clip.FIELD=...   default: norm 10, as stock
+  update_clip=0.03   update_clip.follow_lr=true                   largest relative step of a tensor; default: off
+  guard.nonfinite=skip|stop|off                                   a step with a NaN or inf gradient; default: skip
+  telemetry.every=1   telemetry.layers_every=10                   in optimizer steps
+"""
+
+TASKS = ("detect", "pose")
+
+
+class UsageError(ValueError):
+    """Wrong use of the command; exit status 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except (UsageError, ConfigError) as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 1)
+    except SystemExit as error:  # SIGTERM, unwound by the trainer
+        return _fail("terminated" if error.code else "", 1 if error.code else 0)
+    except Exception as error:
+        return _fail(error, 1)
+
+
+def _fail(error: Exception | str, status: int) -> int:
+    if os.environ.get("GRADSTAB_DEBUG") and isinstance(error, Exception):
+        raise error
+    if str(error):
+        kind = f"{type(error).__name__}: " if isinstance(error, Exception) and not isinstance(error, ValueError) else ""
+        print(f"yolo-gradstab: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in {"help", "-h", "--help"}:
+        print(HELP, end="")
+        return 0
+    if words[0] in {"version", "--version"}:
+        print(f"yolo-gradstab {metadata.version('yolo-gradstab')}")
+        return 0
+    if words[0] in TASKS:
+        if words[1:2] != ["train"]:
+            raise UsageError(
+                f"{words[0]}: the mode must be train, got {_shown(words[1:2])}; use `yolo` for other modes"
+            )
+        return _train(words[0], words[2:])
+    if words[0] == "data" and words[1:2] and words[1] in _DATA:
+        return _DATA[words[1]](_pairs(words[2:]))
+    if words[0] == "data":
+        raise UsageError(f"data: must be followed by {', '.join(_DATA)}, got {_shown(words[1:2])}")
+    if words[0] in _COMMANDS:
+        return _COMMANDS[words[0]](words[1:])
+    known = [*TASKS, "data", *_COMMANDS]
+    raise UsageError(f"unknown command {words[0]!r}{_nearest(words[0], known)}; see `yolo-gradstab help`")
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+def _train(task: str, words: list[str]) -> int:
+    from ultralytics import YOLO
+    from ultralytics.cfg import TASK2DATA, TASK2MODEL
+
+    config, arguments = _training_arguments(words)
+    from yolo_gradstab.trainer import trainer_for
+
+    model = arguments.pop("model", None) or TASK2MODEL[task]
+    if arguments.get("resume") not in {None, False, True}:
+        model = arguments["resume"]  # resume=path/to/last.pt names the model as well
+    if arguments.get("data") is None and not arguments.get("resume"):
+        arguments["data"] = TASK2DATA[task]
+    yolo = YOLO(model)  # without the task, so that it is the model that tells
+    if yolo.task != task:
+        raise UsageError(
+            f"model={model} is a {yolo.task} model; use `yolo-gradstab {yolo.task} train` or another model"
+        )
+    yolo.train(trainer=trainer_for(task, config), **arguments)
+    return _say_where(Path(yolo.trainer.save_dir))
+
+
+def _say_where(folder: Path) -> int:
+    """Two lines about the run: what its gradients were like, and where to look."""
+    import polars as pl
+
+    from yolo_gradstab.telemetry import read_run
+
+    run = read_run(folder)
+    steps = run.steps
+    if len(steps):
+        clipped, median = steps.select(
+            (pl.col("clip_coef") < 1).mean(), pl.col("total_norm").median().alias("p50")
+        ).row(0)
+        skipped = steps["skipped"].sum()
+        print(
+            f"{len(steps)} optimizer steps: gradient norm {median:.4g} (median), "
+            f"{clipped:.0%} of steps clipped, {skipped} not applied"
+        )
+    print(f"Run: {folder}   records: {folder / 'gradstab'}   report: yolo-gradstab report {folder}")
+    if run.status.outcome == "stopped":
+        return _fail(f"{folder}: stopped: {run.status.reason}", 1)
+    return 0
+
+
+def _training_arguments(words: list[str]) -> tuple[Config, dict[str, Any]]:
+    """Our configuration and the host's arguments, both checked before anything starts."""
+    from ultralytics.cfg import DEFAULT_CFG_DICT, merge_equals_args, parse_key_value_pair
+
+    ours: dict[str, Any] = {}
+    host: dict[str, Any] = {}
+    file = None
+    for word in _merged(words, merge_equals_args):
+        key, equals, text = word.partition("=")
+        if not equals:
+            if not isinstance(DEFAULT_CFG_DICT.get(key), bool):
+                raise UsageError(f"{word!r} is not key=value{_nearest(key, list(DEFAULT_CFG_DICT))}")
+            host[key] = True  # as in `yolo detect train resume`
+        elif key == "gradstab":
+            file = text
+        elif key.partition(".")[0] in {"clip", "update_clip", "guard", "telemetry"}:
+            ours[key] = _value(key, text)
+        else:
+            try:
+                host.update([parse_key_value_pair(word)])
+            except (AssertionError, SyntaxError, ValueError, NameError) as error:
+                raise UsageError(f"{word}: {error}") from None
+    _check_host_arguments(host)
+    return load_config(read_config_file(file) if file is not None else None, ours), host
+
+
+def _merged(words: list[str], merge: Callable[[list[str]], list[str]]) -> list[str]:
+    try:
+        return merge(words)
+    except SyntaxError as error:
+        raise UsageError(str(error)) from None
+
+
+def _check_host_arguments(arguments: dict[str, Any]) -> None:
+    """The host's own checks of keys, types and ranges, in one line, with our keys among the suggestions."""
+    from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
+    from ultralytics.utils import LOGGER
+
+    level = LOGGER.level
+    LOGGER.setLevel("CRITICAL")  # the host prints its whole help page before it raises
+    try:
+        get_cfg(DEFAULT_CFG_DICT, dict(arguments))
+    except SyntaxError:
+        unknown = [key for key in arguments if key not in DEFAULT_CFG_DICT]
+        near = _nearest(unknown[0], [*DEFAULT_CFG_DICT, *config_keys(), "gradstab"])
+        raise UsageError(f"unknown key {unknown[0]}={arguments[unknown[0]]!r}{near}") from None
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from None
+    finally:
+        LOGGER.setLevel(level)
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UsageError(f"{key}={text}: the value is not valid YAML") from None
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+
+def _data_check(given: dict[str, Any]) -> int:
+    from yolo_gradstab.coco.check import check_coco
+
+    options = _options("data check", given, required=("coco", "images"), optional={"task": "detect", "format": "text"})
+    _choice("format", options["format"], ("text", "json"))
+    report = check_coco(options["coco"], images=options["images"], task=options["task"])
+    if options["format"] == "json":
+        print(msgspec.json.format(msgspec.json.encode(report)).decode())
+    else:
+        _print_check(report)
+    if report.problems:
+        return _fail(f"{options['coco']}: {len(report.problems)} problems", 1)
+    return 0
+
+
+def _print_check(report: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(report.summary(), markup=False)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    table.add_column("not used, by reason")
+    table.add_column("annotations", justify="right")
+    table.add_column("ids")
+    for reason, count in report.unused.items():
+        ids = [str(unused.annotation_id) for unused in report.unused_annotations if unused.reason == reason]
+        table.add_row(reason, str(count), ", ".join(ids[:8]) + (", ..." if len(ids) > 8 else ""))
+    if report.unused:
+        console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False)
+    for problem in report.problems:
+        console.print(f"problem: {problem}", markup=False)
+
+
+def _data_convert(given: dict[str, Any]) -> int:
+    from yolo_gradstab.coco.conversion import convert_coco
+
+    options = _options("data convert", given, required=("coco", "images", "out"), optional={"task": "detect"})
+    report = convert_coco(options["coco"], images=options["images"], out=options["out"], task=options["task"])
+    print(f"{report.files} label files for {report.images} images in {report.out}")
+    unused = ", ".join(f"{count} {reason}" for reason, count in report.unused.items())
+    print(f"{report.used} of {report.annotations} annotations used{'; not used: ' if unused else ''}{unused}")
+    keys = {"names": report.names, "kpt_shape": report.kpt_shape, "flip_idx": report.flip_idx}
+    wanted = {key: value for key, value in keys.items() if value is not None}
+    print("For the data YAML:\n" + yaml.safe_dump(wanted, sort_keys=False, default_flow_style=None), end="")
+    return 0
+
+
+def _data_sample(given: dict[str, Any]) -> int:
+    from yolo_gradstab.coco.sample import draw_sample
+
+    optional = {"task": "detect", "images": 96, "size": 160, "seed": 0}
+    options = _options("data sample", given, required=("out",), optional=optional)
+    path = draw_sample(
+        options["out"], task=options["task"], images=options["images"], size=options["size"], seed=options["seed"]
+    )
+    print(f"Drawn: {path}   train on it: yolo-gradstab {options['task']} train data={path} ...")
+    return 0
+
+
+# Sweeps and reports --------------------------------------------------------------------------------------------------
+
+
+def _sweep(words: list[str]) -> int:
+    from yolo_gradstab.report import build_report
+    from yolo_gradstab.sweep import read_spec, run_sweep
+
+    if not words or "=" in words[0]:
+        raise UsageError("sweep: give a spec first, e.g. `yolo-gradstab sweep configs/sweeps/sample_detect.yaml`")
+    given = _pairs(words[1:])
+    out = given.pop("out", None)
+    folder = run_sweep(read_spec(words[0], given), out, say=_say)
+    print(f"Report: {build_report([folder])}")
+    return 0
+
+
+def _report(words: list[str]) -> int:
+    from yolo_gradstab.report import build_report
+
+    folders = [word for word in words if "=" not in word]
+    options = _options("report", _pairs([word for word in words if "=" in word]), required=(), optional={"out": None})
+    if not folders:
+        raise UsageError("report: give at least one run or sweep folder")
+    print(f"Report: {build_report(folders, out=options['out'])}")
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+# Words ---------------------------------------------------------------------------------------------------------------
+
+
+def _pairs(words: list[str]) -> dict[str, Any]:
+    pairs = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UsageError(f"{word!r} is not key=value")
+        pairs[key] = _value(key, text)
+    return pairs
+
+
+def _options(
+    command: str, given: dict[str, Any], *, required: Sequence[str], optional: dict[str, Any]
+) -> dict[str, Any]:
+    keys = [*required, *optional]
+    for key in given:
+        if key not in keys:
+            raise UsageError(f"{command}: unknown key {key}={given[key]!r}{_nearest(key, keys)}")
+    missing = [key for key in required if given.get(key) is None]
+    if missing:
+        raise UsageError(f"{command}: {' and '.join(missing)} must be given, as {missing[0]}=...")
+    return {**optional, **given}
+
+
+def _choice(key: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise UsageError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; the nearest valid key is {near[0]}" if near else f"; valid are {', '.join(sorted(known))}"
+
+
+def _shown(words: list[str]) -> str:
+    return repr(words[0]) if words else "nothing"
+
+
+_DATA: dict[str, Callable[[dict[str, Any]], int]] = {
+    "check": _data_check,
+    "convert": _data_convert,
+    "sample": _data_sample,
+}
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"sweep": _sweep, "report": _report}

@@ -1,0 +1,71 @@
+"""The keypoint layout of a pose set: how many points, their names, and which swap when an image is mirrored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from yolo_gradstab.coco.annotations import CocoCategory, CocoError
+
+__all__ = ["KeypointLayout", "flip_index", "keypoint_layout"]
+
+# `left_eye`, `eye-left`, `LeftEye`, `L_Eye`: words are split at punctuation and before capitals.
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
+_OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
+_SIDE = re.compile(r"left|right", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class KeypointLayout:
+    """The points every pose category of a set shares."""
+
+    names: list[str]
+    flip_idx: list[int]
+    notes: list[str] = field(default_factory=list)
+    """What the user should know, such as a left point whose right counterpart is missing."""
+
+    @property
+    def shape(self) -> list[int]:
+        """The host's `kpt_shape`: points, and x, y, visibility."""
+        return [len(self.names), 3]
+
+
+def keypoint_layout(categories: Sequence[CocoCategory], path: str) -> KeypointLayout:
+    """Return the layout the categories share; categories without keypoints do not take part.
+
+    Raises:
+        CocoError: If no category has keypoints, or two have different numbers of them: a pose model has one number.
+    """
+    posed = [category for category in categories if category.keypoints]
+    if not posed:
+        raise CocoError(f"{path}: no category has `keypoints`; pose needs their names there, use task=detect otherwise")
+    first = posed[0]
+    names = list(first.keypoints or ())
+    notes: list[str] = []
+    for other in posed[1:]:
+        if len(other.keypoints or ()) != len(names):
+            raise CocoError(
+                f"{path}: category {first.id} ({first.name}) has {len(names)} keypoints, category {other.id} "
+                f"({other.name}) has {len(other.keypoints or ())}; a pose model needs one number, split the file"
+            )
+        if other.keypoints != names:
+            notes.append(f"keypoint names of category {other.name} differ from those of {first.name}, which are used")
+    flip_idx, unpaired = flip_index(names)
+    notes += [
+        f"keypoint {name} has no counterpart on the other side; mirrored images keep it as it is" for name in unpaired
+    ]
+    return KeypointLayout(names=names, flip_idx=flip_idx, notes=notes)
+
+
+def flip_index(names: Sequence[str]) -> tuple[list[int], list[str]]:
+    """Return for each point the one it becomes in a mirrored image, and the names with a side but no counterpart.
+
+    >>> flip_index(["nose", "left_eye", "right_eye"])
+    ([0, 2, 1], [])
+    """
+    words = [tuple(word.lower() for word in _WORD.findall(name)) for name in names]
+    place = {key: index for index, key in enumerate(words)}
+    mirrored = [place.get(tuple(_OTHER_SIDE.get(word, word) for word in key)) for key in words]
+    flip = [i if j is None or mirrored[j] != i else j for i, j in enumerate(mirrored)]  # a swap must go both ways
+    return flip, [name for i, name in enumerate(names) if flip[i] == i and _SIDE.search(name)]

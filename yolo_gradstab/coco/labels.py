@@ -1,0 +1,323 @@
+"""COCO annotations turned into YOLO labels: the one place that decides what is used, and what becomes of it.
+
+Checking, conversion and training all read the labels made here, so they cannot disagree. Conventions:
+
+- Classes. COCO's category ids run from 1 to 90 with holes, YOLO's classes from 0 to 79 without. Categories are ordered
+  by id and numbered from 0; subtracting 1 from the id, as is often done, is wrong from the first hole on.
+- Boxes are the centre, width and height, divided by the image's. A box partly outside is cut at the image border (and
+  counted); one wholly outside is not used.
+- Keypoints that are not labelled (visibility 0) are 0, 0, 0. A labelled point outside the image becomes one of those
+  (and is counted), as in the host, whose own augmentation does the same to points that leave the frame. A point outside
+  its person's box is ordinary COCO data and is kept.
+- A segment is one outline, cut at the image border, and its box is the box of the outline, as the host reads it.
+- The order within an image is that of the file. Values are computed in float64 and rounded once, to float32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from yolo_gradstab.coco.annotations import CocoAnnotations, CocoCategory, CocoError, CocoImage, SegmentedAnnotation
+from yolo_gradstab.coco.keypoints import KeypointLayout, keypoint_layout
+from yolo_gradstab.coco.segments import join_outlines, read_outlines
+
+__all__ = ["REASONS", "TASKS", "CocoLabels", "ImageLabels", "Unused", "check_task", "class_names", "make_labels"]
+
+TASKS = ("detect", "pose", "segment")
+
+REASONS = ("missing_image", "crowd", "zero_area", "outside", "no_keypoints", "no_segment", "duplicate")
+"""Why an annotation is not used, in the order they are tried; an annotation has the first that applies."""
+
+CLIP_TOLERANCE_PX = 1e-3  # float noise of x + width at the border is not worth a note
+_USED = -1
+
+Floats = npt.NDArray[np.float64]
+Labels = npt.NDArray[np.float32]
+Integers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+
+class Unused(msgspec.Struct, frozen=True):
+    """An annotation that is not used, and why: one of `REASONS`."""
+
+    annotation_id: int
+    image_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLabels:
+    """The labels of one image; n is 0 for a background image."""
+
+    image_id: int
+    file: str
+    width: int
+    height: int
+    classes: Labels
+    """(n,) class indices, as floats because the host keeps them so"""
+    boxes: Labels
+    """(n, 4) x, y of the centre, width, height; fractions of the image"""
+    keypoints: Labels | None = None
+    """(n, points, 3) x, y as fractions of the image, and COCO's visibility; None unless the task is pose"""
+    segments: list[Labels] = field(default_factory=list)
+    """n outlines of (points, 2) fractions of the image; empty unless the task is segment"""
+
+
+@dataclass(frozen=True, slots=True)
+class CocoLabels:
+    """What a COCO file means for a task: the labels by image, and an account of what is not in them."""
+
+    task: str
+    images: list[ImageLabels]
+    """Sorted by file, as the host sorts; only images that were found."""
+    names: dict[int, str]
+    layout: KeypointLayout | None
+    num_annotations: int
+    num_used: int
+    unused: list[Unused]
+    clipped: list[int]
+    """Ids of used annotations whose box was cut at the image border."""
+    num_keypoints_outside: int
+    """Labelled points of used annotations that lie outside the image and became unlabelled."""
+    num_by_class: list[int]
+    num_used_by_class: list[int]
+    notes: list[str]
+
+    def unused_by_reason(self) -> dict[str, int]:
+        """Count the unused annotations; reasons that did not occur are left out."""
+        counts = Counter(entry.reason for entry in self.unused)
+        return {reason: counts[reason] for reason in REASONS if counts[reason]}
+
+
+@dataclass(slots=True)
+class _Columns:
+    """The annotations as columns, and `reason`: an index into `REASONS`, or -1 while an annotation is used."""
+
+    ids: Integers
+    image: Integers
+    """index into the images of the file"""
+    category: Integers
+    """class index"""
+    box: Floats
+    """(n, 4) pixels"""
+    size: Floats
+    """(n, 2) width, height of the annotation's image"""
+    reason: npt.NDArray[np.int8]
+
+    def reject(self, mask: Mask, reason: str) -> None:
+        """Give those of `mask` that are still used a reason why not."""
+        self.reason[mask & (self.reason == _USED)] = REASONS.index(reason)
+
+    def used(self) -> Integers:
+        return np.flatnonzero(self.reason == _USED)
+
+
+@dataclass(frozen=True, slots=True)
+class _Keypoints:
+    values: Floats
+    """(n, points, 3) fractions of the image, visibility; zeros where not labelled"""
+    num_outside: Integers
+
+
+def check_task(task: str) -> None:
+    """Refuse a task that COCO annotations do not describe."""
+    if task not in TASKS:
+        raise CocoError(f"task must be one of {', '.join(TASKS)} for COCO JSON, got {task!r}")
+
+
+def make_labels(coco: CocoAnnotations, files: Mapping[int, str], *, task: str) -> CocoLabels:
+    """Turn annotations into labels.
+
+    Args:
+        coco: A checked file, read with `segments=True` for the task segment.
+        files: The image file of each image id; images without one are missing.
+        task: One of `TASKS`.
+
+    Raises:
+        CocoError: If the file cannot serve the task at all, as a pose set without keypoints.
+    """
+    check_task(task)
+    layout = keypoint_layout(coco.categories, coco.path) if task == "pose" else None
+    columns = _columns(coco, files)
+    boxes, cut = _clip_boxes(columns)
+    points = _read_keypoints(coco, layout, columns) if layout else None
+    outlines = _read_segments(coco, columns) if task == "segment" else {}
+    rows = _rows(columns, boxes, points, outlines)
+    columns.reject(_repeated(columns, rows, outlines), "duplicate")
+    used = columns.used()
+    return CocoLabels(
+        task=task,
+        images=_by_image(coco.images, files, columns, rows, outlines, layout),
+        names=class_names(coco.categories),
+        layout=layout,
+        num_annotations=len(coco.annotations),
+        num_used=len(used),
+        unused=_unused(columns, coco.images),
+        clipped=columns.ids[used[cut[used]]].tolist(),
+        num_keypoints_outside=int(points.num_outside[used].sum()) if points else 0,
+        num_by_class=np.bincount(columns.category, minlength=len(coco.categories)).tolist(),
+        num_used_by_class=np.bincount(columns.category[used], minlength=len(coco.categories)).tolist(),
+        notes=list(layout.notes) if layout else [],
+    )
+
+
+def class_names(categories: Sequence[CocoCategory]) -> dict[int, str]:
+    """Number the categories from 0 in the order of their ids; two may have the same name."""
+    return {index: category.name for index, category in enumerate(sorted(categories, key=lambda c: c.id))}
+
+
+def _columns(coco: CocoAnnotations, files: Mapping[int, str]) -> _Columns:
+    annotations, num = coco.annotations, len(coco.annotations)
+    image = _positions([i.id for i in coco.images], np.fromiter((a.image_id for a in annotations), np.int64, num))
+    category_ids = np.fromiter((a.category_id for a in annotations), np.int64, num)
+    sizes = np.array([(i.width, i.height) for i in coco.images], np.float64)
+    columns = _Columns(
+        ids=np.fromiter((a.id for a in annotations), np.int64, num),
+        image=image,
+        category=np.searchsorted(np.sort([c.id for c in coco.categories]), category_ids),
+        box=np.fromiter(chain.from_iterable(a.bbox for a in annotations), np.float64, 4 * num).reshape(num, 4),
+        size=sizes[image],
+        reason=np.full(num, _USED, np.int8),
+    )
+    found = np.array([i.id in files for i in coco.images])
+    columns.reject(~found[image], "missing_image")
+    columns.reject(np.fromiter((a.iscrowd for a in annotations), np.bool_, num), "crowd")
+    return columns
+
+
+def _positions(listed: Sequence[int], wanted: Integers) -> Integers:
+    """Return where each wanted id stands in the list; all of them do."""
+    order = np.argsort(listed)
+    return order[np.searchsorted(np.asarray(listed, np.int64)[order], wanted)]
+
+
+def _clip_boxes(columns: _Columns) -> tuple[Floats, Mask]:
+    """Return boxes as fractions (centre, size), and which were cut at the image border."""
+    low, extent = columns.box[:, :2], columns.box[:, 2:]
+    with np.errstate(over="ignore"):  # absurd but finite numbers end up outside
+        high = low + extent
+    low_inside, high_inside = np.clip(low, 0, columns.size), np.clip(high, 0, columns.size)
+    columns.reject(np.any(high <= low, axis=1), "zero_area")
+    columns.reject(np.any(high_inside <= low_inside, axis=1), "outside")
+    exceeds = np.any((low < 0) | (high > columns.size), axis=1)
+    # Boxes inside keep their own numbers: x + width - x is not always width.
+    box = np.where(exceeds[:, None], np.hstack([low_inside, high_inside - low_inside]), columns.box)
+    cut = np.any((low < -CLIP_TOLERANCE_PX) | (high > columns.size + CLIP_TOLERANCE_PX), axis=1)
+    return np.hstack([(box[:, :2] + box[:, 2:] / 2) / columns.size, box[:, 2:] / columns.size]), cut
+
+
+def _read_keypoints(coco: CocoAnnotations, layout: KeypointLayout, columns: _Columns) -> _Keypoints:
+    annotations, num_points = coco.annotations, len(layout.names)
+    posed = {category.id for category in coco.categories if category.keypoints}
+    having = [i for i, a in enumerate(annotations) if a.keypoints and a.num_keypoints != 0 and a.category_id in posed]
+    values = np.zeros((len(annotations), num_points, 3))
+    values[having] = np.array([annotations[i].keypoints for i in having], np.float64).reshape(-1, num_points, 3)
+    odd = ~np.isin(values[..., 2], (0, 1, 2)).all(1)
+    if odd.any():
+        raise CocoError(
+            f"{coco.path}: annotation {columns.ids[odd.argmax()]}: keypoint visibility must be 0 (not labelled), "
+            f"1 (hidden) or 2 (visible), got {sorted(set(values[odd.argmax(), :, 2].tolist()))}"
+        )
+    labelled = values[..., 2] > 0
+    if not labelled.any():
+        raise CocoError(f"{coco.path}: no annotation has keypoints; use the keypoint annotation file, or task=detect")
+    xy, size = values[..., :2], columns.size[:, None]
+    outside = labelled & ((xy < 0) | (xy > size)).any(-1)
+    values[~labelled | outside] = 0
+    values[..., :2] /= size
+    columns.reject(~np.any(values[..., 2] > 0, axis=1), "no_keypoints")
+    return _Keypoints(values=values, num_outside=outside.sum(1))
+
+
+def _read_segments(coco: CocoAnnotations, columns: _Columns) -> dict[int, Labels]:
+    """Return an outline for each annotation that is still used and has one, by position."""
+    outlines: dict[int, Labels] = {}
+    missing = np.zeros(len(coco.annotations), np.bool_)
+    for index in columns.used().tolist():
+        annotation, image = coco.annotations[index], coco.images[columns.image[index]]
+        assert isinstance(annotation, SegmentedAnnotation), "the task segment needs read_coco(..., segments=True)"
+        parts = read_outlines(annotation, image, coco.path)
+        inside = [np.clip(part, 0, columns.size[index]) / columns.size[index] for part in parts]
+        if inside and (np.ptp(np.concatenate(inside), axis=0) > 0).all():
+            outlines[index] = join_outlines(inside).astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
+        else:
+            missing[index] = True
+    columns.reject(missing, "no_segment")
+    return outlines
+
+
+def _rows(columns: _Columns, boxes: Floats, points: _Keypoints | None, outlines: Mapping[int, Labels]) -> Labels:
+    """Return a label row for each annotation, used or not: class, box and, for pose, the keypoints."""
+    if points is None:
+        rows = np.hstack([columns.category[:, None], boxes]).astype(np.float32)
+    else:
+        flat = points.values.reshape(len(boxes), -1)
+        rows = np.hstack([columns.category[:, None], boxes, flat]).astype(np.float32)
+    for index, outline in outlines.items():
+        # In float32 and in this order, as the host computes the box of a segment it has read.
+        low, high = outline.min(0), outline.max(0)
+        rows[index, 1:3], rows[index, 3:5] = (low + high) / 2, high - low
+    return rows + np.float32(0)  # -0.0 becomes 0.0, so that equal rows have equal bytes
+
+
+def _repeated(columns: _Columns, rows: Labels, outlines: Mapping[int, Labels]) -> Mask:
+    """Mark annotations equal to an earlier one of the same image. The host would drop them, and reorder the others."""
+    used = columns.used()
+    keys = np.hstack([columns.image[used, None], rows[used, :5]])
+    order = np.lexsort(keys.T)
+    twins = (keys[order[1:]] == keys[order[:-1]]).all(1)
+    repeated = np.zeros(len(rows), np.bool_)
+    seen: set[tuple[int, bytes, bytes]] = set()
+    # Few share image, class and box; only they are compared in full, in file order.
+    for index in np.sort(used[np.union1d(order[1:][twins], order[:-1][twins])]).tolist():
+        outline = outlines[index].tobytes() if outlines else b""
+        key = (int(columns.image[index]), rows[index].tobytes(), outline)
+        repeated[index] = key in seen
+        seen.add(key)
+    return repeated
+
+
+def _by_image(
+    images: Sequence[CocoImage],
+    files: Mapping[int, str],
+    columns: _Columns,
+    rows: Labels,
+    outlines: Mapping[int, Labels],
+    layout: KeypointLayout | None,
+) -> list[ImageLabels]:
+    used = columns.used()
+    used = used[np.argsort(columns.image[used], kind="stable")]
+    bounds = np.searchsorted(columns.image[used], np.arange(len(images) + 1)).tolist()
+    rows = rows[used]
+    labelled = []
+    for position, image in enumerate(images):
+        if image.id not in files:
+            continue
+        own = slice(bounds[position], bounds[position + 1])
+        points = rows[own, 5:].reshape(-1, len(layout.names), 3) if layout else None
+        segments = [outlines[index] for index in used[own].tolist()] if outlines else []
+        labelled.append(
+            ImageLabels(
+                image_id=image.id,
+                file=files[image.id],
+                width=image.width,
+                height=image.height,
+                classes=rows[own, 0],
+                boxes=rows[own, 1:5],
+                keypoints=points,
+                segments=segments,
+            )
+        )
+    return sorted(labelled, key=lambda labels: labels.file)
+
+
+def _unused(columns: _Columns, images: Sequence[CocoImage]) -> list[Unused]:
+    indices = np.flatnonzero(columns.reason != _USED).tolist()
+    return [Unused(int(columns.ids[i]), images[columns.image[i]].id, REASONS[columns.reason[i]]) for i in indices]

@@ -1,0 +1,110 @@
+"""COCO segmentations (polygons or run-length masks) as the one closed outline per object that YOLO trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import cv2
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from yolo_gradstab.coco.annotations import CocoError, CocoImage, SegmentedAnnotation
+
+__all__ = ["Outline", "RunLengths", "decode_run_lengths", "join_outlines", "read_outlines"]
+
+Outline = npt.NDArray[np.float64]  # (points, 2): x, y in pixels
+
+MIN_POINTS = 3  # fewer enclose no area
+
+
+class RunLengths(msgspec.Struct):
+    """A COCO run-length mask: `size` is height, width; `counts` alternate background and object, column by column."""
+
+    size: tuple[int, int]
+    counts: list[int] | str
+
+
+def read_outlines(annotation: SegmentedAnnotation, image: CocoImage, path: str) -> list[Outline]:
+    """Decode the segmentation of one annotation; outlines of fewer than three points enclose nothing and are left out.
+
+    Raises:
+        CocoError: If the segmentation is neither polygons nor a run-length mask of the image's size.
+    """
+    where = f"{path}: annotation {annotation.id}: segmentation"
+    try:
+        shape = msgspec.json.decode(annotation.segmentation, type=list[list[float]] | RunLengths | None)
+    except msgspec.ValidationError as error:
+        raise CocoError(f"{where} is neither polygons [[x, y, ...]] nor a run-length mask: {error}") from None
+    if isinstance(shape, RunLengths):
+        if shape.size != (image.height, image.width):
+            height, width = shape.size
+            raise CocoError(f"{where} is a mask of {width}x{height}; image {image.id} is {image.width}x{image.height}")
+        return _contours(_decoded(shape, where))
+    odd = [len(polygon) for polygon in shape or () if len(polygon) % 2]
+    if odd:
+        raise CocoError(f"{where} has a polygon of {odd[0]} numbers; x, y pairs make an even number")
+    outlines = [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in shape or ()]
+    return [outline for outline in outlines if len(outline) >= MIN_POINTS]
+
+
+def decode_run_lengths(shape: RunLengths) -> npt.NDArray[np.uint8]:
+    """Return the mask (height, width) of a run-length encoding, compressed or not.
+
+    References:
+        https://github.com/cocodataset/cocoapi, common/maskApi.c (`rleFrString`): each count is a little-endian number
+        in characters of five bits and a continuation bit, offset by 48; from the third on, the difference to the count
+        two before it.
+    """
+    height, width = shape.size
+    counts = _expand(shape.counts) if isinstance(shape.counts, str) else shape.counts
+    if min(height, width, *counts, 0) < 0 or sum(counts) != height * width:
+        raise ValueError(f"run lengths sum to {sum(counts)}, but size {height}x{width} has {height * width} pixels")
+    values = np.arange(len(counts)) % 2
+    return np.repeat(values.astype(np.uint8), counts).reshape(width, height).T
+
+
+def join_outlines(outlines: Sequence[Outline]) -> Outline:
+    """Join the parts of one object into a single outline, by a thin bridge between nearest points.
+
+    A YOLO label has one polygon per object. Each further part is walked round and left where it was entered, so the
+    bridges enclose no area. Parts are added in their own order.
+    """
+    joined = outlines[0]
+    for part in outlines[1:]:
+        squared = ((joined[:, None] - part[None]) ** 2).sum(-1)
+        here, there = np.unravel_index(int(squared.argmin()), squared.shape)
+        loop = np.roll(part, -int(there), axis=0)
+        joined = np.concatenate([joined[: here + 1], loop, loop[:1], joined[here:]])
+    return joined
+
+
+def _decoded(shape: RunLengths, where: str) -> npt.NDArray[np.uint8]:
+    try:
+        return decode_run_lengths(shape)
+    except ValueError as error:
+        raise CocoError(f"{where} is a broken run-length mask: {error}") from None
+
+
+def _expand(text: str) -> list[int]:
+    differences: list[int] = []
+    value, shift = 0, 0
+    for character in text.encode("ascii", errors="strict"):
+        bits = character - 48
+        value |= (bits & 31) << shift
+        shift += 5
+        if not bits & 32:
+            differences.append(value - (1 << shift) if bits & 16 else value)
+            value, shift = 0, 0
+    first, rest = differences[:1], differences[1:]
+    # Counts 1 and 2 stand for themselves; every later one adds to the count two before it.
+    odd, even = accumulate(rest[0::2]), accumulate(rest[1::2])
+    counts = [0] * len(rest)
+    counts[0::2], counts[1::2] = list(odd), list(even)
+    return first + counts
+
+
+def _contours(mask: npt.NDArray[np.uint8]) -> list[Outline]:
+    found, _ = cv2.findContours(np.ascontiguousarray(mask), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [contour.reshape(-1, 2).astype(np.float64) for contour in found if len(contour) >= MIN_POINTS]
