@@ -166,8 +166,10 @@ class ValueClip(ClipPolicy):
     def apply_(self, parameters: Sequence[Tensor], measured: GradientNorms, *, num_images: float = 1) -> Clipped:
         """Clamp in place."""
         del num_images
-        torch.nn.utils.clip_grad_value_(parameters, self.max_value)
-        return _clipped(gradient_norms(gradients(parameters)).total_norm, measured.total_norm)
+        grads = gradients(parameters)
+        if grads:  # torch's function refuses an empty list
+            torch.nn.utils.clip_grad_value_(parameters, self.max_value)
+        return _clipped(gradient_norms(grads).total_norm, measured.total_norm)
 
 
 class AdaptiveGradientClip(ClipPolicy):
@@ -282,7 +284,8 @@ class AutoClip(ClipPolicy):
         here = torch.arange(self.window, device=norm.device) == count % self.window
         self._state["history"] = history = torch.where(here & finite, norm, history)
         self._state["count"] = count + finite
-        return _coef(torch.nanquantile(history, self.percentile / 100), norm)
+        threshold = torch.nanquantile(history, self.percentile / 100)
+        return torch.where(norm <= threshold, torch.ones_like(norm), _coef(threshold, norm))
 
 
 class ZClip(ClipPolicy):

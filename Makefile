@@ -1,0 +1,45 @@
+# `make demo` and `make test` do everything from a fresh clone, set-up included, in .venv.
+PYTHON ?= python3.11
+# `make INSTALL="pip install"` does without uv.
+INSTALL ?= uv pip install --python .venv/bin/python
+BIN := .venv/bin
+export YOLO_OFFLINE ?= true
+export YOLO_AUTOINSTALL ?= false
+
+.PHONY: demo test test-slow test-gpu lint bench gpu clean
+
+demo: .venv/ready
+	$(BIN)/yolo-gradstab demo
+
+test: .venv/ready
+	$(BIN)/pytest -n 2 -m "not slow and not gpu"
+
+test-slow: .venv/ready
+	$(BIN)/pytest -n 2 -m "slow and not gpu"
+
+test-gpu: .venv/ready
+	$(BIN)/pytest -m gpu
+
+lint: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/yolo-gradstab bench
+
+# The learning-rate comparison at full size, for a machine with a GPU; see configs/gpu/README.md.
+# Uses .venv if it can be made, and PYTHON with what WHEELS holds where there is no network.
+TIME_LIMIT_S ?= 540
+OUT ?= gpu-out
+gpu:
+	$(PYTHON) configs/gpu/run.py out=$(OUT) time_limit_s=$(TIME_LIMIT_S) $(if $(WHEELS),wheels=$(WHEELS))
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis demo gpu-out runs
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(if $(findstring uv,$(INSTALL)),$(BIN)/pip install --quiet uv)
+	$(BIN)/$(INSTALL) --quiet -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,74 @@
+"""Small real data and models for the tests that train; nothing here downloads."""
+
+import os
+
+# Before the host is imported: it reads these once.
+os.environ["YOLO_OFFLINE"] = "true"
+os.environ["YOLO_AUTOINSTALL"] = "false"
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+MODELS = ROOT / "configs" / "models"
+
+
+class DrawnSet:
+    """A drawn set in COCO form, and the same labels in YOLO form for the stock trainer."""
+
+    def __init__(self, folder: Path, task: str) -> None:
+        from yolo_gradstab.coco.conversion import convert_coco
+        from yolo_gradstab.coco.dataset import read_data_yaml
+        from yolo_gradstab.coco.sample import draw_sample
+
+        self.task = task
+        self.coco = draw_sample(folder, task=task, images=24, size=64)
+        kind = "person_keypoints" if task == "pose" else "instances"
+        for split in ("train", "val"):
+            json_file = folder / "annotations" / f"{kind}_{split}.json"
+            convert_coco(json_file, images=folder / "images" / split, out=folder / "labels" / split, task=task)
+        data = read_data_yaml(self.coco, task)
+        assert data is not None
+        keys = {key: data[key] for key in ("names", "kpt_shape", "flip_idx") if key in data}
+        self.yolo = folder / "yolo.yaml"
+        folders = {"path": str(folder), "train": "images/train", "val": "images/val"}
+        self.yolo.write_text(yaml.safe_dump(folders | keys))
+        self.model = MODELS / ("yolo26-tiny-pose.yaml" if task == "pose" else "yolo26-tiny.yaml")
+
+    def arguments(self, folder: Path, **more: Any) -> dict[str, Any]:
+        """Arguments of a run of seconds: 16 images, 4 batches an epoch."""
+        return {
+            "model": str(self.model),
+            "data": str(self.coco),
+            "epochs": 2,
+            "imgsz": 32,
+            "batch": 4,
+            "nbs": 4,
+            "optimizer": "SGD",
+            "lr0": 0.01,
+            "device": "cpu",
+            "workers": 0,
+            "plots": False,
+            "verbose": False,
+            "close_mosaic": 0,
+            "project": str(folder),
+            "exist_ok": True,
+            **more,
+        }
+
+
+@pytest.fixture(scope="session")
+def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DrawnSet]:
+    """The drawn sets by task."""
+    return {task: DrawnSet(tmp_path_factory.mktemp(task), task) for task in ("detect", "pose")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny tensors are slower on many threads, and test machines are shared."""
+    import torch
+
+    torch.set_num_threads(1)

@@ -1,0 +1,42 @@
+"""Which rooms load what: each claim in a fresh interpreter, with a control that the check can fail."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def loaded(module: str) -> set[str]:
+    code = f"import sys, {module}; print(*[m for m in ('torch', 'ultralytics') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "yolo_gradstab", "yolo_gradstab.config", "yolo_gradstab.runs", "yolo_gradstab.telemetry",
+        "yolo_gradstab.figures", "yolo_gradstab.report", "yolo_gradstab.sweep", "yolo_gradstab.cli",
+        "yolo_gradstab.coco",
+    ],
+)  # fmt: skip
+def test_reading_results_loads_neither_torch_nor_the_host(module: str) -> None:
+    assert loaded(module) == set()
+
+
+@pytest.mark.parametrize("module", ["yolo_gradstab.norms", "yolo_gradstab.clipping"])
+def test_the_numerics_load_torch_alone(module: str) -> None:
+    assert loaded(module) == {"torch"}
+
+
+def test_the_trainer_loads_both() -> None:
+    assert loaded("yolo_gradstab.trainer") == {"torch", "ultralytics"}
+
+
+def test_public_names_resolve() -> None:
+    import yolo_gradstab
+
+    for name in yolo_gradstab.__all__:
+        assert callable(getattr(yolo_gradstab, name))
+    with pytest.raises(AttributeError, match="no attribute 'clip_polisy'"):
+        yolo_gradstab.clip_polisy  # noqa: B018

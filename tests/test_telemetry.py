@@ -1,0 +1,136 @@
+"""`yolo_gradstab.telemetry` and `.runs`: what is written is what is read, whatever interrupted it."""
+
+import math
+import time
+from pathlib import Path
+
+import msgspec
+import polars as pl
+import pytest
+
+from yolo_gradstab.runs import RunError, RunFolder, Status, replacing
+from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord, read_parts, read_run
+
+
+def record(step: int, **more: object) -> StepRecord:
+    fields = {
+        "step": step, "epoch": step // 4, "attempt": 0, "batch": step, "images": 16, "lr": 0.01, "loss": 2.0,
+        "losses": {"box": 1.5, "cls": 0.5}, "total_norm": 20.0, "clipped_norm": 10.0, "clip_coef": 0.5,
+        "bounded_share": None, "update_ratio_max": None, "nonfinite": 0, "skipped": False, "scale": 1.0, "time_s": 0.1,
+    }  # fmt: skip
+    return StepRecord(**{**fields, **more})  # type: ignore[arg-type]
+
+
+def folder(tmp_path: Path) -> RunFolder:
+    run = RunFolder(tmp_path)
+    run.create({"clip": {"policy": "norm"}})
+    return run
+
+
+def test_columns_are_the_contracts(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    writer = PartWriter(run.steps, STEP_SCHEMA)
+    writer.append([record(0).row()])
+    writer.flush()
+    layers = PartWriter(run.layers, LAYER_SCHEMA)
+    layer = LayerRecord(step=0, layer="model.0", grad_norm=1, weight_norm=2, update_ratio=0.1, nonfinite=0)
+    layers.append([layer.row()])
+    layers.flush()
+    run.write_status(Status())
+    read = read_run(tmp_path)
+    assert " ".join(read.steps.columns) == (
+        "step epoch attempt batch images lr loss loss_box loss_cls total_norm clipped_norm clip_coef bounded_share "
+        "update_ratio_max nonfinite skipped scale time_s"
+    )
+    assert read.layers.columns == ["step", "layer", "grad_norm", "weight_norm", "update_ratio", "nonfinite"]
+    assert read.steps.row(0, named=True)["bounded_share"] is None
+    assert read.config == {"clip": {"policy": "norm"}}
+    assert read.status.outcome == "running"
+
+
+def test_parts_join_into_one_table_without_gap_or_repeat(tmp_path: Path) -> None:
+    writer = PartWriter(folder(tmp_path).steps, STEP_SCHEMA)
+    for step in range(25):
+        extra = {"losses": {"box": 1.0, "cls": 0.5, "late": 0.1}} if step > 20 else {}
+        writer.append([record(step, **extra).row()])
+        if step % 7 == 6:
+            writer.flush()
+    writer.flush()
+    steps = read_parts(RunFolder(tmp_path).steps, STEP_SCHEMA)
+    assert steps["step"].to_list() == list(range(25))
+    assert steps["loss_late"].null_count() == 21
+    assert steps.schema["bounded_share"] == pl.Float64  # a column of nulls keeps its type
+
+
+def test_rows_reach_the_disk_within_the_flush_interval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = time.monotonic()
+    writer = PartWriter(folder(tmp_path).steps, STEP_SCHEMA)
+    for step in range(10):
+        monkeypatch.setattr(time, "monotonic", lambda step=step: now + step)
+        writer.append([record(step).row()])
+        assert len(read_parts(RunFolder(tmp_path).steps, STEP_SCHEMA)) >= step - PartWriter.FLUSH_S
+
+
+def test_a_resumed_run_drops_what_it_will_repeat(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    writer = PartWriter(run.steps, STEP_SCHEMA)
+    for step in range(10):
+        writer.append([record(step).row()])
+        if step in {3, 7}:
+            writer.flush()
+    writer.flush()
+    for step in (2, 8):
+        run.append_event({"event": "skip", "step": step})
+    again = PartWriter(run.steps, STEP_SCHEMA)
+    assert again.drop_from(6) == 4
+    run.drop_events_from(6)
+    again.append([record(step).row() for step in range(6, 9)])
+    again.flush()
+    assert read_run(tmp_path).steps["step"].to_list() == list(range(9))
+    assert [event["step"] for event in run.read_events()] == [2]
+    assert again.drop_from(0) == 9
+    assert len(read_parts(run.steps, STEP_SCHEMA)) == 0
+
+
+def test_half_written_parts_and_lines_are_not_read(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    writer = PartWriter(run.steps, STEP_SCHEMA)
+    writer.append([record(0).row()])
+    writer.flush()
+    (run.steps / ".000000001.parquet.xyz.tmp").write_bytes(b"PAR1 half")
+    run.append_event({"event": "skip", "step": 0, "total_norm": math.nan})
+    with run.events.open("ab") as file:
+        file.write(b'{"event": "ski')
+    assert len(read_run(tmp_path).steps) == 1
+    assert run.read_events() == [{"event": "skip", "step": 0, "total_norm": None}]
+
+
+def test_a_failed_replacement_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "status.json"
+    path.write_text("old")
+    with pytest.raises(RuntimeError, match="half-way"), replacing(path) as temporary:
+        temporary.write_text("new")
+        raise RuntimeError("half-way")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_status_is_strict_json(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    run.write_status(Status(outcome="failed", reason="x", metrics={"a": math.nan}))
+    text = (run.gradstab / "status.json").read_text()
+    assert "NaN" not in text
+    assert msgspec.json.decode(text)["metrics"] == {"a": None}
+    assert run.read_status().outcome == "failed"
+
+
+def test_folders_that_are_no_run(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no gradstab folder in it, so not a run of yolo-gradstab"):
+        read_run(tmp_path)
+    run = folder(tmp_path)
+    assert len(read_run(tmp_path).steps) == 0
+    with pytest.raises(RunError, match=r"no gradstab/status\.json"):
+        run.read_status()
+    (run.gradstab / "status.json").write_text('{"outcome": "fine"}')
+    with pytest.raises(RunError, match=r"status\.json: Invalid enum value 'fine'"):
+        run.read_status()

@@ -1,0 +1,475 @@
+"""`yolo_gradstab.trainer`: real training runs of a tiny model, compared bit for bit with the stock trainer's.
+
+The stock trainer reads YOLO labels converted from the COCO JSON that ours reads, so each parity test also shows that
+training from JSON equals training from labels.
+"""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import polars as pl
+import pytest
+import torch
+import yaml
+from conftest import DrawnSet
+from ultralytics import YOLO
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.models.yolo.pose import PoseTrainer
+
+from yolo_gradstab import read_run, trainer_for
+from yolo_gradstab.config import ConfigError
+
+pytestmark = pytest.mark.filterwarnings("default")  # the host's own warnings are not ours to fail on
+
+STOCK = {"detect": DetectionTrainer, "pose": PoseTrainer}
+
+
+def train(cls: type, arguments: dict[str, Any], **callbacks: Callable[[Any], None]) -> Any:
+    trainer = cls(overrides=dict(arguments))
+    for event, callback in callbacks.items():
+        trainer.add_callback(event, callback)
+    trainer.train()
+    return trainer
+
+
+def assert_same_training(a: Any, b: Any) -> None:
+    """Weights, EMA with its counter, and the optimizer's state, bit for bit."""
+    for mine, other in ((a.model, b.model), (a.ema.ema, b.ema.ema)):
+        state, expected = mine.state_dict(), other.state_dict()
+        assert state.keys() == expected.keys()
+        assert [k for k in state if not torch.equal(state[k], expected[k])] == []
+    assert a.ema.updates == b.ema.updates
+    state, expected = a.optimizer.state_dict(), b.optimizer.state_dict()
+    assert state["param_groups"] == expected["param_groups"]
+    assert state["state"].keys() == expected["state"].keys()
+    for index, values in state["state"].items():
+        for name, value in values.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(expected["state"][index][name])), (index, name)
+
+
+# Parity --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["detect", "pose"])
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "MuSGD"])
+def test_default_is_stock_bit_for_bit(drawn: dict[str, DrawnSet], tmp_path: Path, task: str, optimizer: str) -> None:
+    arguments = drawn[task].arguments(tmp_path, optimizer=optimizer, val=False, epochs=5)
+    ours = train(trainer_for(task), arguments | {"name": "ours"})
+    stock = train(STOCK[task], arguments | {"name": "stock", "data": str(drawn[task].yolo)})
+    assert_same_training(ours, stock)
+    assert len(read_run(tmp_path / "ours").steps) == 20
+
+
+def test_accumulation_is_stocks(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    # nbs 12 at batch 4: one to three micro-batches a step as warm-up ramps, the last of them left over at the end
+    arguments = drawn["detect"].arguments(tmp_path, nbs=12, warmup_epochs=1, val=False, epochs=4)
+    ours = train(trainer_for("detect"), arguments | {"name": "ours"})
+    stock = train(DetectionTrainer, arguments | {"name": "stock", "data": str(drawn["detect"].yolo)})
+    assert_same_training(ours, stock)
+    steps = read_run(tmp_path / "ours").steps
+    assert steps["step"].to_list() == list(range(len(steps)))
+    assert set(steps["images"]) == {4, 8, 12}
+    assert steps["images"].sum() + ours._accumulated.images == 16 * 4
+
+
+def test_every_step_is_recorded_and_columns_reach_results_csv(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    trainer = train(trainer_for("detect"), drawn["detect"].arguments(tmp_path, epochs=3, name="run"))
+    run = read_run(tmp_path / "run")
+    assert run.status.outcome == "completed"
+    assert run.status.step == len(run.steps) == 12
+    assert run.status.metrics.keys() >= {"metrics/mAP50-95(B)"}
+    steps = run.steps
+    assert steps["batch"].to_list() == list(range(12))
+    assert steps["epoch"].to_list() == [e for e in range(3) for _ in range(4)]
+    assert {"loss_box", "loss_cls"} <= set(steps.columns)
+    product = (steps["clip_coef"] * steps["total_norm"]).to_list()
+    assert product == pytest.approx(steps["clipped_norm"].to_list(), rel=1e-6)
+    assert (steps["clipped_norm"] <= 10 * (1 + 1e-6)).all()
+    layers = run.layers
+    assert sorted(set(layers["step"])) == [0, 10]
+    assert layers.filter(step=0)["layer"].to_list() == list(
+        dict.fromkeys(".".join(n.split(".")[:2]) for n, _ in trainer.model.named_parameters())
+    )
+    total = layers.group_by("step").agg((pl.col("grad_norm") ** 2).sum().sqrt()).sort("step")
+    assert total["grad_norm"].to_list() == pytest.approx(steps["total_norm"].gather([0, 10]).to_list(), rel=1e-5)
+    results = run.results
+    for epoch in range(3):
+        rows = steps.filter(epoch=epoch)
+        expected = [
+            np.median(rows["total_norm"]), rows["total_norm"].max(), (rows["clip_coef"] < 1).mean(),
+            (rows["lr"] * rows["clip_coef"]).mean(), 0,
+        ]  # fmt: skip
+        names = ["grad/norm_p50", "grad/norm_max", "grad/clipped_share", "grad/lr_eff", "grad/skipped"]
+        assert [results[name][epoch] for name in names] == pytest.approx(expected, rel=1e-4)
+    assert yaml.safe_load((tmp_path / "run/gradstab/config.yaml").read_text())["clip"] == {
+        "policy": "norm", "max_norm": 10.0,
+    }  # fmt: skip
+
+
+def test_recorded_norms_are_those_of_the_gradient(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    seen: list[tuple[float, int]] = []
+    batches: list[int] = []
+
+    class Watching(trainer_for("detect", clip={"policy": "norm", "max_norm": 1.0})):  # type: ignore[misc]
+        def optimizer_step(self) -> None:
+            grads = [p.grad.double().flatten() for p in self.model.parameters() if p.grad is not None]
+            seen.append((torch.cat(grads).norm().item(), sum(batches)))
+            batches.clear()
+            super().optimizer_step()
+
+        def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+            batches.append(len(batch["img"]))
+            return super().preprocess_batch(batch)
+
+    train(Watching, drawn["detect"].arguments(tmp_path, name="run", nbs=8, warmup_epochs=0, epochs=1))
+    steps = read_run(tmp_path / "run").steps
+    assert steps["total_norm"].to_list() == pytest.approx([norm for norm, _ in seen], rel=1e-5)
+    assert steps["images"].to_list() == [images for _, images in seen]
+    assert (steps["clipped_norm"] <= 1 + 1e-6).all()
+    assert (steps["total_norm"] > 1).all()
+
+
+@pytest.mark.parametrize("val", [True, False])
+def test_results_csv_is_a_table_with_and_without_validation(
+    drawn: dict[str, DrawnSet], tmp_path: Path, val: bool
+) -> None:
+    train(trainer_for("detect"), drawn["detect"].arguments(tmp_path, name="run", val=val))
+    lines = (tmp_path / "run/results.csv").read_text().splitlines()
+    assert len(lines) == 3
+    assert len({line.count(",") for line in lines}) == 1
+
+
+def test_telemetry_every_thins_steps(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    cls = trainer_for("detect", {"telemetry": {"every": 3, "layers_every": 4}})
+    train(cls, drawn["detect"].arguments(tmp_path, name="run"))
+    run = read_run(tmp_path / "run")
+    assert run.steps["step"].to_list() == [0, 3, 6]
+    assert sorted(set(run.layers["step"])) == [0, 4]
+    assert run.status.step == 8
+
+
+@pytest.mark.parametrize("clip", ["none", "value", "agc", "autoclip", "zclip", "tensor_ema", "stabilizer"])
+def test_every_policy_trains(drawn: dict[str, DrawnSet], tmp_path: Path, clip: str) -> None:
+    trainer = train(trainer_for("detect", clip=clip), drawn["detect"].arguments(tmp_path, name="run", val=False))
+    run = read_run(tmp_path / "run")
+    assert len(run.steps) == 8
+    assert run.config["clip"]["policy"] == clip
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
+    if clip in {"value", "agc"}:
+        assert (run.steps["clip_coef"] < 1).any()
+
+
+# Steps that must not be applied --------------------------------------------------------------------------------------
+
+
+def faulty(cls: type, value: float, at: int, everywhere: bool = False) -> type:
+    """A trainer whose gradient holds `value` at one step."""
+
+    class Faulty(cls):  # type: ignore[misc]
+        calls = 0
+
+        def optimizer_step(self) -> None:
+            if self.calls == at:
+                grads = [p.grad for p in self.model.parameters() if p.grad is not None]
+                for grad in grads if everywhere else grads[5:6]:
+                    grad.view(-1)[0] = value
+            self.calls += 1
+            super().optimizer_step()
+
+    return Faulty
+
+
+def leaving_out(cls: type, at: int) -> type:
+    """The stock trainer, with one step's gradient dropped instead of applied."""
+
+    class LeavingOut(cls):  # type: ignore[misc]
+        calls = 0
+
+        def optimizer_step(self) -> None:
+            self.calls += 1
+            if self.calls - 1 == at:
+                self.optimizer.zero_grad()
+            else:
+                super().optimizer_step()
+
+    return LeavingOut
+
+
+def in_bfloat16(trainer: Any) -> None:
+    """Forward passes under bf16 autocast; the host itself offers `amp=bf16` on CUDA alone."""
+    forward = trainer.model.forward
+
+    def autocast_forward(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    trainer.model.forward = autocast_forward
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e20])
+def test_a_bad_step_is_left_out_and_nothing_else_changes(
+    drawn: dict[str, DrawnSet], tmp_path: Path, value: float, precision: str
+) -> None:
+    arguments = drawn["detect"].arguments(tmp_path, val=False)
+    started = {"on_train_start": in_bfloat16} if precision == "bf16" else {}
+    ours = train(faulty(trainer_for("detect"), value, at=3), arguments | {"name": "ours"}, **started)
+    yolo = {"name": "stock", "data": str(drawn["detect"].yolo)}
+    stock = train(leaving_out(DetectionTrainer, at=3), arguments | yolo, **started)
+    assert_same_training(ours, stock)
+    assert all(torch.isfinite(v).all() for v in ours.model.state_dict().values())
+    run = read_run(tmp_path / "ours")
+    assert run.steps["skipped"].to_list() == [step == 3 for step in range(8)]
+    row = run.steps.row(3, named=True)
+    assert row["nonfinite"] == (0 if value == 1e20 else 1)
+    if value == 1e20:
+        assert row["total_norm"] == pytest.approx(1e20, rel=1e-6)  # the norm itself is finite, and right
+    (event,) = run.events
+    name = [n for n, _ in ours.model.named_parameters()][5]
+    assert (event["event"], event["step"], event["batch"]) == ("skip", 3, 3)
+    assert event["reason"] == ("gradient_overflow" if value == 1e20 else "nonfinite_gradient")
+    assert event["tensors"] == ([] if value == 1e20 else [name])
+    assert run.results["grad/skipped"].to_list() == [1, 0]
+
+
+def test_guard_stop_ends_the_run_and_says_why(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    cls = faulty(trainer_for("detect", {"guard.nonfinite": "stop"}), float("nan"), at=5)
+    trainer = train(cls, drawn["detect"].arguments(tmp_path, name="run", epochs=4))
+    run = read_run(tmp_path / "run")
+    assert run.status.outcome == "stopped"
+    assert "nonfinite_gradient at step 5 (1 tensors, the last model." in str(run.status.reason)
+    assert len(run.steps) == 6
+    assert all(torch.isfinite(v).all() for v in trainer.model.state_dict().values())
+    assert Path(trainer.last).exists()
+
+
+def test_guard_off_applies_what_torch_applies(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    arguments = drawn["detect"].arguments(tmp_path, epochs=1, val=False)
+    cls = trainer_for("detect", {"guard.nonfinite": "off"})
+    ours = train(faulty(cls, 1e20, at=2), arguments | {"name": "overflow"})
+    assert all(torch.isfinite(v).all() for v in ours.model.state_dict().values())  # clipped to 10, not zeroed
+    run = read_run(tmp_path / "overflow")
+    assert [event["event"] for event in run.events] == ["nonfinite"]
+    assert run.steps["clipped_norm"][2] == pytest.approx(10)
+    assert not run.steps["skipped"].any()
+    poisoned: list[bool] = []
+    train(
+        faulty(cls, float("nan"), at=2),
+        arguments | {"name": "nan"},
+        on_train_epoch_end=lambda t: poisoned.append(any(torch.isnan(p).any() for p in t.model.parameters())),
+    )
+    assert poisoned == [True]
+
+
+# The bound on the update ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "MuSGD"])
+def test_update_clip_bounds_every_real_step(drawn: dict[str, DrawnSet], tmp_path: Path, optimizer: str) -> None:
+    worst: list[float] = []
+    bounded: list[float] = []
+
+    class Watching(trainer_for("detect", update_clip=0.01)):  # type: ignore[misc]
+        def optimizer_step(self) -> None:
+            before = {p: p.detach().clone() for p in self.model.parameters() if p.requires_grad}
+            super().optimizer_step()
+            lr = {p: (g["lr"], g["initial_lr"]) for g in self.optimizer.param_groups for p in g["params"]}
+            excess, at_bound = [], 0
+            for p, old in before.items():
+                rms = 0.1 if p.ndim <= 1 else 1e-4
+                reference = max(old.double().norm().item(), rms * p.numel() ** 0.5)
+                ratio = (p.double() - old.double()).norm().item() / reference
+                bound = 0.01 * min(1, lr[p][0] / lr[p][1])
+                excess.append(ratio - bound)
+                at_bound += abs(ratio - bound) < 1e-6 and bound > 0
+            worst.append(max(excess))
+            bounded.append(at_bound / len(before))
+
+    arguments = drawn["detect"].arguments(tmp_path, name="run", optimizer=optimizer, lr0=0.5, epochs=3, val=False)
+    train(Watching, arguments)
+    assert max(worst) < 1e-5
+    steps = read_run(tmp_path / "run").steps
+    assert steps["bounded_share"].max() > 0.2  # the bound was reached, so the test can fail
+    # A tensor that only just reached the bound may fall on either side of it in float64.
+    assert steps["bounded_share"].to_list() == pytest.approx(bounded, abs=0.02)
+    assert steps["update_ratio_max"].max() > 0.01
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "MuSGD"])
+def test_update_clip_out_of_reach_changes_nothing(drawn: dict[str, DrawnSet], tmp_path: Path, optimizer: str) -> None:
+    arguments = drawn["detect"].arguments(tmp_path, optimizer=optimizer, val=False)
+    constant = {"max_ratio": 1e6, "follow_lr": False}
+    bounded = train(trainer_for("detect", update_clip=constant), arguments | {"name": "bounded"})
+    free = train(trainer_for("detect"), arguments | {"name": "free"})
+    assert_same_training(bounded, free)
+    assert read_run(tmp_path / "bounded").steps["bounded_share"].to_list() == [0] * 8
+
+
+# Interruption and resume ---------------------------------------------------------------------------------------------
+
+
+class InterruptionError(Exception):
+    """Stands for any end of the process between two epochs."""
+
+
+@pytest.mark.parametrize(
+    "task, config, arguments, after",
+    [
+        ("detect", {"clip": "zclip", "clip.warmup": 5, "update_clip": 0.03}, {"mosaic": 1.0}, 2),
+        ("detect", {"clip": "autoclip"}, {"optimizer": "AdamW", "nbs": 12, "close_mosaic": 3}, 3),
+        ("pose", {"clip": "tensor_ema", "clip.warmup": 6}, {"nbs": 20, "warmup_epochs": 1}, 1),
+        ("detect", {"clip": "stabilizer"}, {"optimizer": "MuSGD"}, 1),
+    ],
+)
+def test_resume_equals_the_uninterrupted_run(
+    drawn: dict[str, DrawnSet], tmp_path: Path, task: str, config: dict[str, Any], arguments: dict[str, Any], after: int
+) -> None:
+    arguments = drawn[task].arguments(tmp_path, **({"epochs": 5} | arguments))
+    whole = train(trainer_for(task, config), arguments | {"name": "whole"})
+
+    def interrupt(trainer: Any) -> None:
+        if trainer.epoch == after:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        train(trainer_for(task, config), arguments | {"name": "parts"}, on_train_epoch_end=interrupt)
+    assert read_run(tmp_path / "parts").status.outcome == "failed"
+    # The interrupted epoch's steps were recorded and are made again; the configuration comes from the checkpoint.
+    resumed = YOLO(tmp_path / "parts/weights/last.pt")
+    resumed.train(resume=True, trainer=trainer_for(task))
+    assert_same_training(resumed.trainer, whole)
+    expected, state = whole._policy.state_dict(), resumed.trainer._policy.state_dict()
+    assert all(torch.equal(expected[k].nan_to_num(-1), state[k].nan_to_num(-1)) for k in expected)
+    a, b = (read_run(tmp_path / name).steps.drop("time_s") for name in ("whole", "parts"))
+    assert a.equals(b)
+    layers = [read_run(tmp_path / name).layers for name in ("whole", "parts")]
+    assert layers[0].equals(layers[1])
+    assert read_run(tmp_path / "parts").config == read_run(tmp_path / "whole").config
+    assert read_run(tmp_path / "parts").status.outcome == "completed"
+
+
+def test_the_checkpoint_opens_in_stock(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=3, data=str(drawn["detect"].yolo))
+
+    def interrupt(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        train(trainer_for("detect", clip="zclip"), arguments, on_train_epoch_end=interrupt)
+    code = (
+        "import sys; sys.modules['yolo_gradstab'] = None\n"  # importing ours would fail
+        "from ultralytics import YOLO\n"
+        f"model = YOLO({str(tmp_path / 'run/weights/last.pt')!r})\n"
+        "model.train(resume=True)\n"
+        "print(model.trainer.start_epoch, model.trainer.epoch)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "1 2"
+    # and when training is done, the host's stripping removes our state with the optimizer's
+    assert torch.load(tmp_path / "run/weights/last.pt", weights_only=False)["optimizer"] is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_leave_a_true_status(drawn: dict[str, DrawnSet], tmp_path: Path, number: signal.Signals) -> None:
+    arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=500, val=False)
+    words = [f"{key}={value}" for key, value in arguments.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "yolo_gradstab", "detect", "train", *words],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "run/gradstab/steps").glob("*.parquet")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert stderr.splitlines()[-1] in {"yolo-gradstab: interrupted", "yolo-gradstab: terminated"}
+    run = read_run(tmp_path / "run")
+    assert run.status.outcome == "interrupted"
+    assert run.status.reason == f"{number.name}; continue with resume={tmp_path / 'run/weights/last.pt'}"
+    assert run.steps["step"].to_list() == list(range(run.status.step))
+
+
+def test_an_error_is_the_reason_of_a_failed_run(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    def fail(trainer: Any) -> None:
+        raise RuntimeError("the disk is gone")
+
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        train(trainer_for("detect"), drawn["detect"].arguments(tmp_path, name="run"), on_train_epoch_end=fail)
+    run = read_run(tmp_path / "run")
+    assert (run.status.outcome, run.status.reason) == ("failed", "RuntimeError: the disk is gone")
+    assert len(run.steps) == 4
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        train(trainer_for("detect"), drawn["detect"].arguments(tmp_path, name="early"), on_pretrain_routine_end=fail)
+    assert read_run(tmp_path / "early").status.outcome == "failed"
+
+
+def test_a_repeated_epoch_counts_as_another_attempt(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """Out of memory in the first epoch: the host halves the batch and starts the epoch again."""
+
+    class Scarce(trainer_for("detect")):  # type: ignore[misc]
+        failed = False
+
+        def optimizer_step(self) -> None:
+            super().optimizer_step()
+
+        def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+            if self._step == 2 and not self.failed:
+                self.failed = True
+                raise RuntimeError("CUDA out of memory (a test's)")
+            return super().preprocess_batch(batch)
+
+    train(Scarce, drawn["detect"].arguments(tmp_path, name="run", epochs=1, val=False))
+    steps = read_run(tmp_path / "run").steps
+    assert steps["attempt"].to_list() == [0, 0] + [1] * 4  # accumulation keeps the nominal batch
+    assert steps["step"].to_list() == list(range(6))
+    assert steps["images"].to_list() == [4, 4, 2, 4, 4, 4] or steps["images"].tail(4).sum() <= 16
+
+
+# Class and configuration ---------------------------------------------------------------------------------------------
+
+
+def test_the_configuration_reaches_ddp_workers(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """The host's own DDP file, run in another process up to the point where it would train."""
+    from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
+
+    arguments = drawn["detect"].arguments(tmp_path, name="run")
+    trainer = trainer_for("detect", clip="agc", update_clip=0.03)(overrides=dict(arguments))
+    # What a launcher on a multi-GPU machine has: it leaves the data to its workers.
+    trainer.args.data = arguments["data"]
+    file = generate_ddp_file(trainer)
+    try:
+        text = Path(file).read_text()
+        assert text.count("trainer.train()") == 1
+        told = "import msgspec; print('CONFIG', msgspec.json.encode(trainer.gradstab_config).decode())"
+        script = tmp_path / "worker.py"
+        script.write_text(text.replace("trainer.train()", told))
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
+    finally:
+        ddp_cleanup(trainer, file)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("CONFIG "))
+    assert json.loads(line[7:]) == msgspec.to_builtins(trainer.gradstab_config.to_dict())
+
+
+def test_trainer_for_takes_files_and_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "safe.yaml"
+    path.write_text("clip: {policy: agc, factor: 0.5}\nupdate_clip: 0.03\n")
+    config = trainer_for("pose", path, **{"clip.factor": 0.02}).gradstab_config
+    assert config.to_dict()["clip"]["factor"] == 0.02
+    assert config.update_clip.max_ratio == 0.03
+    assert trainer_for("detect").gradstab_config.update_clip is None  # classes do not share it
+    with pytest.raises(ConfigError, match="task must be one of detect, pose, got 'classify'"):
+        trainer_for("classify")
+    with pytest.raises(ConfigError, match=r"unknown key clipp='agc'; the nearest valid key is clip"):
+        trainer_for("detect", clipp="agc")

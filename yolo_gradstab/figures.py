@@ -1,0 +1,346 @@
+"""Figures of a report: a polars table in, an Altair chart out.
+
+The same chart gives the interactive page, offline, and the PNG and SVG files. Imports neither torch nor ultralytics.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+__all__ = ["embedded", "javascript_bundle", "metric_against_lr", "save", "thin", "trajectories"]
+
+# Okabe and Ito's colours, distinct for all kinds of colour vision; their yellow is too pale for lines on white.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "triangle-right", "triangle-left")
+
+WIDTH_PX = 620  # of the plot against learning rate; labels stand to its right
+COLUMNS_PX = 760  # of all columns of the trajectories
+FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
+INK, QUIET, GRID = "#1f2328", "#59636e", "#e6e8eb"
+
+MOST_COLUMNS = 5  # learning rates beside each other in `trajectories`
+LINE_POINTS = 400  # most points of one line: about two per pixel of a column
+FIGURE_POINTS = 60_000  # of all lines together, 45 bytes each: a page of them stays under 5 MB
+
+# Ticks of learning rates and norms: plain where that is short, powers where it is not.
+_PLAIN = "(datum.value >= 1e5 || datum.value < 1e-4) ? format(datum.value, '.0e') : format(datum.value, '~g')"
+
+
+# Final metric against learning rate ----------------------------------------------------------------------------------
+
+
+def metric_against_lr(trials: pl.DataFrame, metric: str = "mAP50-95") -> alt.LayerChart:
+    """Final metric against nominal learning rate: a point per trial, a line through each arm's medians.
+
+    A lost trial is a cross in its arm's row under the axis, and counts as 0 in the median.
+
+    Args:
+        trials: Columns `arm`, `lr0`, `seed`, `metric` (null where there is none) and `lost`. Arms are coloured in the
+            order of their first row.
+        metric: What the metric is called.
+    """
+    arms = trials["arm"].unique(maintain_order=True).to_list()
+    table = _dodged(trials.select("arm", "lr0", "seed", "metric", "lost"), arms)
+    kept = table.filter(~pl.col("lost"), pl.col("metric").is_not_null())
+    lost = table.filter("lost")
+    top = _nice_top(max(kept["metric"].to_list(), default=0.0))
+    rows = arms if len(lost) else []
+    height_px, row_px = 300, 17
+    row = top * row_px / height_px  # of the axis, per row of crosses
+    bottom = -(len(rows) + 0.6) * row if rows else 0.0
+    lost = lost.with_columns(y=pl.col("arm").replace_strict(_row_heights(rows, row), return_dtype=pl.Float64))
+
+    color = alt.Color("arm:N", scale=alt.Scale(domain=arms, range=_cycled(COLORS, len(arms))), legend=None)
+    shape = alt.Shape("arm:N", scale=alt.Scale(domain=arms, range=_cycled(SHAPES, len(arms))), legend=None)
+    x = alt.X("at:Q", scale=_rate_scale(trials["lr0"]), title="learning rate lr0", axis=_rate_axis(trials["lr0"]))
+    y_axis = alt.Axis(values=_ticks(top), format="~g", titleY=height_px / 2, domain=False)
+    y_scale = alt.Scale(domain=[bottom, top], nice=False)
+    y = alt.Y("metric:Q", scale=y_scale, title=f"final {metric}", axis=y_axis)
+    tooltip = [
+        alt.Tooltip("arm:N"),
+        alt.Tooltip("lr0:Q", format="~g"),
+        alt.Tooltip("seed:O"),
+        alt.Tooltip("metric:Q", format=".3f", title=metric),
+    ]
+
+    medians = _medians(table)
+    line = alt.Chart(_values(medians)).mark_line(strokeWidth=2.2).encode(x=x, y=y, color=color)
+    points = alt.Chart(_values(kept)).mark_point(filled=True, size=46, opacity=0.6)
+    points = points.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip)
+    labels = _end_labels(medians, gap=top * 15 / height_px).mark_text(align="left", dx=8, fontSize=12.5)
+    layers: list[alt.Chart] = [line, points, labels.encode(x=alt.value(WIDTH_PX), y=y, color=color, text="arm:N")]
+    if rows:
+        zero = alt.Chart(_values(pl.DataFrame({"metric": [0.0]}))).mark_rule(color=QUIET).encode(y=y)
+        cross = alt.Chart(_values(lost)).mark_point(
+            shape="M-1,-1L1,1M-1,1L1,-1", filled=False, size=52, strokeWidth=2.4, opacity=1
+        )
+        cross = cross.encode(x=x, y=alt.Y("y:Q", scale=y_scale), color=color, tooltip=[*tooltip[:3]])
+        layers = [zero, *layers, cross, _lost_heading(bottom, y_scale)]
+    note = "Points are seeds, lines their medians"
+    note += "; a cross is a lost run, which counts as 0 in the median." if rows else "; no run was lost."
+    chart = alt.layer(*layers).properties(
+        width=WIDTH_PX,
+        height=height_px + int(row_px * (len(rows) + 0.6) if rows else 0),
+        title=alt.Title(f"Final {metric} against learning rate", subtitle=note),
+    )
+    styled: alt.LayerChart = _styled(chart)
+    return styled
+
+
+def _dodged(trials: pl.DataFrame, arms: list[str]) -> pl.DataFrame:
+    """`at`: lr0 moved a few pixels by arm, and for lost trials by seed, so that equal values do not hide each other."""
+    low, high = _rate_limits(trials["lr0"])
+    pixel = math.log10(high / low) / WIDTH_PX
+    places = {arm: i - (len(arms) - 1) / 2 for i, arm in enumerate(arms)}
+    arm = pl.col("arm").replace_strict(places, return_dtype=pl.Float64)
+    place = pl.col("seed").rank("ordinal").over("arm", "lr0", "lost").cast(pl.Float64)
+    count = pl.len().over("arm", "lr0", "lost").cast(pl.Float64)
+    moved = pl.when("lost").then((place - (count + 1) / 2) * 12).otherwise(arm * min(5.0, 24 / len(arms)))
+    return trials.with_columns(at=pl.col("lr0") * 10.0 ** (moved * pixel))
+
+
+def _medians(table: pl.DataFrame) -> pl.DataFrame:
+    metric = pl.when("lost").then(0.0).otherwise(pl.col("metric"))
+    medians = table.with_columns(metric=metric).group_by("arm", "lr0", maintain_order=True)
+    return medians.agg(pl.col("metric").median()).drop_nulls().sort("arm", "lr0").with_columns(at=pl.col("lr0"))
+
+
+def _row_heights(rows: list[str], row: float) -> dict[str, float]:
+    return {arm: -(i + 1.0) * row for i, arm in enumerate(rows)}
+
+
+def _end_labels(medians: pl.DataFrame, *, gap: float) -> alt.Chart:
+    """A label at the right end of each arm's line, moved apart where lines end close together."""
+    ends = medians.group_by("arm", maintain_order=True).last().sort("metric")
+    return alt.Chart(_values(ends.with_columns(pl.Series("metric", _spread(ends["metric"].to_list(), gap)))))
+
+
+def _spread(values: list[float], gap: float) -> list[float]:
+    """Ascending values, moved apart to at least `gap`, the lowest staying where it is or above.
+
+    Example:
+        >>> _spread([0.0, 0.1, 1.0], 0.5)
+        [0.0, 0.5, 1.0]
+    """
+    moved: list[float] = []
+    for value in values:
+        moved.append(max(value, moved[-1] + gap) if moved else value)
+    return moved
+
+
+def _lost_heading(bottom: float, scale: alt.Scale) -> alt.Chart:
+    table = pl.DataFrame({"y": [bottom / 2], "text": ["lost"]})
+    mark = alt.Chart(_values(table)).mark_text(align="right", dx=-8, color=QUIET, fontSize=12)
+    heading: alt.Chart = mark.encode(x=alt.value(0), y=alt.Y("y:Q", scale=scale), text="text:N")
+    return heading
+
+
+def _rate_limits(rates: pl.Series) -> tuple[float, float]:
+    """A little beyond the rates there are."""
+    low, high = _extremes(rates)
+    margin = (high / low) ** 0.04 if high > low else 2.0
+    return low / margin, high * margin
+
+
+def _extremes(values: pl.Series) -> tuple[float, float]:
+    numbers = [float(value) for value in values.to_list()]
+    return min(numbers), max(numbers)
+
+
+def _rate_scale(rates: pl.Series) -> alt.Scale:
+    return alt.Scale(type="log", domain=list(_rate_limits(rates)), nice=False)
+
+
+def _rate_axis(rates: pl.Series) -> alt.Axis:
+    values = rates.unique().sort().to_list()
+    return alt.Axis(values=values, labelExpr=_PLAIN, grid=True, labelOverlap=True)
+
+
+def _nice_top(highest: float) -> float:
+    """The end of a metric's axis: the next 0.05 above, at least 0.1, at most 1."""
+    return min(1.0, max(0.1, math.ceil(highest * 1.06 / 0.05) * 0.05))
+
+
+def _ticks(top: float) -> list[float]:
+    step = next(step for step in (0.02, 0.05, 0.1, 0.2) if top / step <= 6.5 or step == 0.2)
+    return [round(i * step, 4) for i in range(int(top / step + 1e-6) + 1)]
+
+
+# Trajectories --------------------------------------------------------------------------------------------------------
+
+
+def trajectories(steps: pl.DataFrame, *, most_points: int = FIGURE_POINTS) -> alt.VConcatChart:
+    """Loss, gradient norm and clip share over optimizer steps: a column per learning rate, a thin line per trial.
+
+    Args:
+        steps: The step records of the trials (`step`, `loss`, `total_norm`, `clip_coef`) with the columns `trial`,
+            `arm`, `lr0` and `lost`. At most five learning rates are shown: those around the lowest at which a trial
+            was lost, or the highest.
+        most_points: Of all lines together; a page of several such figures shares `FIGURE_POINTS` among them.
+    """
+    arms = steps["arm"].unique(maintain_order=True).to_list()
+    rates = _columns(steps)
+    shown = steps.filter(pl.col("lr0").is_in(rates)).sort("trial", "step", maintain_order=True)
+    points = max(60, min(LINE_POINTS, most_points // (3 * max(1, shown["trial"].n_unique()))))
+    panels: list[tuple[pl.DataFrame, alt.Y]] = []
+    dropped: dict[str, int] = {}
+    for name, title in (("loss", "loss"), ("total_norm", "gradient norm")):
+        table = shown.rename({name: "value"}).select("trial", "arm", "lr0", "step", "value")
+        positive = table.filter(pl.col("value").is_finite() & (pl.col("value") > 0))
+        dropped[title] = len(table) - len(positive)
+        axis = alt.Axis(labelExpr=_PLAIN, tickCount=5, gridOpacity=0.7)
+        panels.append((positive, alt.Y("value:Q", scale=alt.Scale(type="log", nice=False), title=title, axis=axis)))
+    scale = alt.Scale(domain=[0, 100])
+    panels.append((_clip_share(shown), alt.Y("value:Q", scale=scale, title="clipped steps (%)")))
+    charts = [
+        _panel(thin(table, points), y, arms, rates, is_first=i == 0, is_last=i == len(panels) - 1)
+        for i, (table, y) in enumerate(panels)
+    ]
+    note = [
+        "A line per run, thinned so that extremes stay. The norm is the one before clipping, the share a rolling one.",
+    ]
+    if missing := [f"{count} of the {name}" for name, count in dropped.items() if count]:
+        note.append(f"Left out, being zero or not finite and so without a place on a log axis: {', '.join(missing)}.")
+    if len(rates) < steps["lr0"].n_unique():
+        note.append(f"{len(rates)} of {steps['lr0'].n_unique()} learning rates are shown, those around the edge.")
+    heading = alt.Title("Loss, gradient norm and clipping over optimizer steps", subtitle=note)
+    styled: alt.VConcatChart = _styled(alt.vconcat(*charts, spacing=14).properties(title=heading))
+    return styled
+
+
+def thin(table: pl.DataFrame, points: int) -> pl.DataFrame:
+    """At most `points` rows per trial: the smallest and the largest `value` of each bucket, so no spike is lost.
+
+    Args:
+        table: Columns `trial` and `value`, each trial's rows in order.
+        points: Most rows to keep per trial; even.
+    """
+    bucket = pl.int_range(pl.len()).over("trial") * (points // 2) // pl.len().over("trial").clip(points // 2)
+    place = pl.int_range(pl.len()).over("trial", "bucket")
+    value = pl.col("value")
+    is_extreme = (place == value.arg_min().over("trial", "bucket")) | (place == value.arg_max().over("trial", "bucket"))
+    return table.with_columns(bucket=bucket).filter(is_extreme).drop("bucket")
+
+
+def _columns(steps: pl.DataFrame) -> list[float]:
+    """Learning rates to show: all, or those around the lowest at which a trial was lost."""
+    rates: list[float] = steps["lr0"].unique().sort().to_list()
+    if len(rates) <= MOST_COLUMNS:
+        return rates
+    lost: list[float] = steps.filter("lost")["lr0"].unique().to_list()
+    edge = rates.index(min(lost)) if lost else len(rates) - 1
+    first = min(max(0, edge - MOST_COLUMNS // 2), len(rates) - MOST_COLUMNS)
+    return rates[first : first + MOST_COLUMNS]
+
+
+def _clip_share(steps: pl.DataFrame) -> pl.DataFrame:
+    """Share of clipped steps in a trailing window of a twentieth of the longest run, in per cent."""
+    window = max(5, max(steps.group_by("trial").len()["len"].to_list(), default=0) // 20)
+    clipped = (pl.col("clip_coef") < 1).cast(pl.Float64).fill_null(0.0) * 100
+    share = clipped.rolling_mean(window, min_samples=1).over("trial")
+    return steps.select("trial", "arm", "lr0", "step", value=share)
+
+
+def _panel(
+    table: pl.DataFrame, y: alt.Y, arms: list[str], rates: list[float], *, is_first: bool, is_last: bool
+) -> alt.FacetChart:
+    legend = alt.Legend(
+        title=None, orient="top", symbolStrokeWidth=3, symbolOpacity=1, labelLimit=0, columns=3, labelFontSize=12.5
+    )
+    color = alt.Color(
+        "arm:N",
+        scale=alt.Scale(domain=arms, range=_cycled(COLORS, len(arms))),
+        legend=legend if is_first and len(arms) > 1 else None,
+    )
+    axis = alt.Axis(tickCount=4, format="~s", title="optimizer step" if is_last else None, labels=is_last)
+    header = alt.Header(
+        title=None, labels=is_first, labelExpr="'lr0 ' + (" + _PLAIN + ")", labelFontSize=12.5, labelFontWeight="bold"
+    )
+    width = (COLUMNS_PX - 14 * (len(rates) - 1)) / len(rates)
+    lines = alt.Chart(_values(table)).mark_line(strokeWidth=1.1, opacity=0.65)
+    lines = lines.encode(x=alt.X("step:Q", axis=axis), y=y, color=color, detail="trial:N")
+    column = alt.Column("lr0:O", header=header, sort="ascending")
+    panel: alt.FacetChart = lines.properties(width=width, height=150).facet(column=column, spacing=14)
+    return panel
+
+
+# Output --------------------------------------------------------------------------------------------------------------
+
+
+def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:
+    """Write a chart as PNG or SVG, by the name's ending; needs neither a browser nor a network."""
+    import vl_convert
+
+    path = Path(path)
+    if path.suffix == ".svg":
+        path.write_text(vl_convert.vegalite_to_svg(chart.to_dict()), encoding="utf-8")
+    elif path.suffix == ".png":
+        path.write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=2))
+    else:
+        raise ValueError(f"{path}: a figure is saved as .png or .svg, got {path.suffix or 'no ending'!r}")
+    return path
+
+
+def embedded(chart: alt.TopLevelMixin) -> str:
+    """A chart as JSON that can stand in a `<script>` element of a page, whatever text the data holds."""
+    return json.dumps(chart.to_dict(), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+@cache
+def javascript_bundle() -> str:
+    """Vega, Vega-Lite and `vegaEmbed` in one script, for a page that opens offline; include it once."""
+    import vl_convert
+
+    bundle: str = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # its stub omits the default
+    return bundle.replace("</script", "<\\/script")
+
+
+def _values(table: pl.DataFrame) -> alt.InlineData:
+    """Rows in the chart itself, to four digits: a screen shows no more, and a page stays small.
+
+    As CSV text, which is half of JSON's size, and which Altair does not check against its schema row by row.
+    """
+    kinds = table.schema.items()
+    floats = [name for name, kind in kinds if kind.is_float()]
+    parse: Any = {name: "string" if kind == pl.String else "number" for name, kind in kinds if kind != pl.Boolean}
+    text = table.select(*parse).with_columns(pl.col(floats).round_sig_figs(4)).write_csv()
+    return alt.InlineData(values=text, format=alt.CsvDataFormat(type="csv", parse=parse))
+
+
+def _cycled(values: tuple[str, ...], count: int) -> list[str]:
+    return [values[i % len(values)] for i in range(count)]
+
+
+def _styled(chart: Any) -> Any:
+    """One look for all figures; white ground, so that they can be read on a dark page too."""
+    return (
+        chart.configure(background="white", font=FONT, padding=12)
+        .configure_view(stroke=None)
+        .configure_axis(
+            labelColor=QUIET,
+            titleColor=INK,
+            gridColor=GRID,
+            domainColor=QUIET,
+            tickColor=QUIET,
+            labelFontSize=12,
+            titleFontSize=12.5,
+            titleFontWeight="normal",
+            titlePadding=8,
+        )
+        .configure_title(
+            anchor="start",
+            fontSize=16,
+            color=INK,
+            subtitleColor=QUIET,
+            subtitleFontSize=12.5,
+            subtitlePadding=5,
+            offset=14,
+        )
+    )
