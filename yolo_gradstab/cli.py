@@ -6,7 +6,6 @@ to see a traceback.
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from yolo_gradstab.config import Config, ConfigError, config_keys, load_config, read_config_file
+from yolo_gradstab.config import Config, ConfigError, config_keys, load_config, nearest, read_config_file
 
 __all__ = ["main"]
 
@@ -91,7 +90,7 @@ def _dispatch(words: list[str]) -> int:
     if words[0] in _COMMANDS:
         return _COMMANDS[words[0]](words[1:])
     known = [*TASKS, "data", *_COMMANDS]
-    raise UsageError(f"unknown command {words[0]!r}{_nearest(words[0], known)}; see `yolo-gradstab help`")
+    raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], known)}; see `yolo-gradstab help`")
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -152,7 +151,7 @@ def _training_arguments(words: list[str]) -> tuple[Config, dict[str, Any]]:
         key, equals, text = word.partition("=")
         if not equals:
             if not isinstance(DEFAULT_CFG_DICT.get(key), bool):
-                raise UsageError(f"{word!r} is not key=value{_nearest(key, list(DEFAULT_CFG_DICT))}")
+                raise UsageError(f"{word!r} is not key=value{nearest(key, list(DEFAULT_CFG_DICT))}")
             host[key] = True  # as in `yolo detect train resume`
         elif key == "gradstab":
             file = text
@@ -185,7 +184,7 @@ def _check_host_arguments(arguments: dict[str, Any]) -> None:
         get_cfg(DEFAULT_CFG_DICT, dict(arguments))
     except SyntaxError:
         unknown = [key for key in arguments if key not in DEFAULT_CFG_DICT]
-        near = _nearest(unknown[0], [*DEFAULT_CFG_DICT, *config_keys(), "gradstab"])
+        near = nearest(unknown[0], [*DEFAULT_CFG_DICT, *config_keys(), "gradstab"])
         raise UsageError(f"unknown key {unknown[0]}={arguments[unknown[0]]!r}{near}") from None
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
@@ -373,7 +372,7 @@ def _options(
     keys = [*required, *optional]
     for key, value in given.items():
         if key not in keys:
-            raise UsageError(f"{command}: unknown key {key}={value!r}{_nearest(key, keys)}")
+            raise UsageError(f"{command}: unknown key {key}={value!r}{nearest(key, keys)}")
     missing = [key for key in required if given.get(key) is None]
     if missing:
         raise UsageError(f"{command}: {' and '.join(missing)} must be given, as {missing[0]}=...")
@@ -383,11 +382,6 @@ def _options(
 def _choice(key: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
         raise UsageError(f"{key} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; the nearest valid key is {near[0]}" if near else f"; valid are {', '.join(sorted(known))}"
 
 
 def _shown(words: list[str]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
@@ -25,10 +26,12 @@ __all__ = [
     "Guard",
     "Telemetry",
     "UpdateClip",
+    "as_numbers",
     "build_policy",
     "clip_policy",
     "config_keys",
     "load_config",
+    "nearest",
     "read_config_file",
 ]
 
@@ -283,7 +286,7 @@ def _nested(layer: dict[str, Any]) -> dict[str, Any]:
     """Dotted keys into nested ones; shorthands written out; YAML 1.1's `1e-3` strings into floats."""
     nested: dict[str, Any] = {}
     for key, value in sorted(layer.items(), key=lambda item: str(item[0]).count(".")):  # `clip` before `clip.factor`
-        _merge(nested, _place(str(key), _numbers(value)))
+        _merge(nested, _place(str(key), as_numbers(value)))
     return nested
 
 
@@ -312,19 +315,29 @@ def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
             into[key] = dict(value) if isinstance(value, dict) else value
 
 
-def _numbers(value: Any) -> Any:
+def as_numbers(value: Any) -> Any:
+    """YAML 1.1 reads `1e-3` as text; make it a number, wherever it stands."""
     if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+", value):
+        return {key: as_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [as_numbers(item) for item in value]
+    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
         return float(value)
     return value
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """How an error names the nearest valid word, or all of them: ``; the nearest valid key is clip``."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"; the nearest valid key is {near[0]}" if near else f"; valid keys are {', '.join(known)}"
 
 
 def _check_keys(merged: dict[str, Any]) -> None:
     """Unknown keys by name; msgspec would name only the level they are on."""
     for key, value in merged.items():
         if key != "clip" and key not in _SECTIONS:
-            raise ConfigError(f"unknown key {key}={value!r}{_nearest(key)}")
+            raise ConfigError(f"unknown key {key}={value!r}{nearest(key, config_keys())}")
     clip = merged.get("clip")
     if isinstance(clip, dict):
         policy = clip.setdefault("policy", "norm")
@@ -337,7 +350,7 @@ def _check_keys(merged: dict[str, Any]) -> None:
         if isinstance(value, dict):
             for field in value.keys() - set(cls.__struct_fields__):
                 key = f"{section}.{field}"
-                raise ConfigError(f"unknown key {key}={value[field]!r}{_nearest(key)}")
+                raise ConfigError(f"unknown key {key}={value[field]!r}{nearest(key, config_keys())}")
 
 
 def _foreign_field(field: str, value: Any, policy: str) -> str:
@@ -349,11 +362,6 @@ def _foreign_field(field: str, value: Any, policy: str) -> str:
             f"give clip={owners[0]} or drop the key"
         )
     return f"unknown key clip.{field}={value!r}; policy {policy} has {own}"
-
-
-def _nearest(key: str) -> str:
-    near = difflib.get_close_matches(key, config_keys(), n=1, cutoff=0.5)
-    return f"; the nearest valid key is {near[0]}" if near else f"; valid keys are {', '.join(config_keys())}"
 
 
 # msgspec's names of types in the words of a configuration file.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
+import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -14,7 +17,7 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
-__all__ = ["Divergence", "Outcome", "RunError", "RunFolder", "Status", "replacing", "versions"]
+__all__ = ["Divergence", "Outcome", "RunError", "RunFolder", "Status", "replacing", "terminable", "versions"]
 
 Outcome = Literal["running", "completed", "diverged", "stopped", "failed", "interrupted"]
 Divergence = Literal["nonfinite", "blowup", "collapse"]
@@ -124,6 +127,22 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM, as a cluster or `kill` sends it, unwinds the stack instead of ending the process at once.
+
+    It becomes a `SystemExit`; only the main thread may set handlers, others are left as they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def versions() -> dict[str, str]:

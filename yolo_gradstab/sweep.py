@@ -7,7 +7,6 @@ the same sweep started again, or with a longer grid, continues.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import itertools
@@ -23,7 +22,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +30,8 @@ import msgspec
 import polars as pl
 import yaml
 
-from yolo_gradstab.config import Config, load_config, read_config_file
-from yolo_gradstab.runs import Outcome, RunError, replacing
+from yolo_gradstab.config import Config, as_numbers, load_config, nearest, read_config_file
+from yolo_gradstab.runs import Outcome, RunError, replacing, terminable
 from yolo_gradstab.telemetry import Run, read_run
 
 __all__ = [
@@ -150,7 +148,7 @@ def read_spec(source: str | Path | Mapping[str, Any] | Spec, overrides: Mapping[
             content[section] = {**content.get(section, {}), name: value}
         else:
             content[key] = value
-    spec = _convert(where, _numbers(content))
+    spec = _convert(where, as_numbers(content))
     _check(where, spec)
     return spec
 
@@ -186,21 +184,10 @@ def _pairs(overrides: Mapping[str, Any] | Iterable[str]) -> Iterator[tuple[str, 
             raise SweepError(f"{key}={value} is not valid YAML; give e.g. seeds=[0,1]") from None
 
 
-def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads `1e-3` as text; here it is a number, wherever it stands."""
-    if isinstance(value, dict):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_numbers(item) for item in value]
-    if isinstance(value, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)[eE][+-]?\d+", value):
-        return float(value)
-    return value
-
-
 def _convert(where: str, content: dict[str, Any]) -> Spec:
     for key, value in content.items():
         if key not in _ALLOWED:
-            raise SweepError(f"{where}: unknown key {key}={value!r}{_nearest(str(key), _ALLOWED)}")
+            raise SweepError(f"{where}: unknown key {key}={value!r}{nearest(str(key), _ALLOWED)}")
     for key, values in content["grid"].items() if isinstance(content.get("grid"), dict) else ():
         if not isinstance(values, list) or not values:
             raise SweepError(f"{where}: grid.{key} must be a list of at least one value, got {values!r}")
@@ -221,7 +208,7 @@ def _check(where: str, spec: Spec) -> None:
             section = "train" if key in spec.train else "grid"
             raise SweepError(f"{where}: {section}.{key} cannot be set in a sweep; {_RESERVED[key]}")
         if not _is_ours(key) and key not in (known := _host_defaults()):
-            raise SweepError(f"{where}: unknown key {key}{_nearest(key, known)}")
+            raise SweepError(f"{where}: unknown key {key}{nearest(key, known)}")
     for key in ("model", "data"):
         if key not in spec.train and key not in spec.grid:
             raise SweepError(f"{where}: train.{key} is missing; give what to train{' on' if key == 'data' else ''}")
@@ -277,11 +264,6 @@ def _host_defaults() -> dict[str, Any]:
     text = (Path(package.origin).parent / "cfg" / "default.yaml").read_text(encoding="utf-8")
     defaults: dict[str, Any] = yaml.safe_load(text)
     return defaults
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"; the nearest valid key is {near[0]}" if near else f"; valid keys are {', '.join(known)}"
 
 
 # Trials --------------------------------------------------------------------------------------------------------------
@@ -415,7 +397,7 @@ def run_trials(spec: Spec, trials: list[Trial], folder: Path, say: Callable[[str
     failed: list[Trial] = []
     children = _Children()
     environment = _environment(spec.jobs)
-    with _terminable(), ThreadPoolExecutor(spec.jobs) as pool:
+    with terminable(), ThreadPoolExecutor(spec.jobs) as pool:
         futures = {pool.submit(_run_trial, trial, folder, children, environment): trial for trial in pending}
         try:
             for number, future in enumerate(_as_completed(futures), done + 1):
@@ -510,23 +492,6 @@ class _Children:
             for process in running:
                 if process.poll() is None:
                     process.kill()
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Make SIGTERM an exception, so that trials are not left behind; only the main thread may set handlers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, _frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _environment(jobs: int) -> dict[str, str]:

@@ -15,9 +15,6 @@ Where our parts stand in the host's loop (`BaseTrainer._do_train`; ours in capit
 from __future__ import annotations
 
 import random
-import signal
-import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,7 +43,7 @@ from yolo_gradstab.norms import (
     gradient_norms,
     tensor_norms,
 )
-from yolo_gradstab.runs import RunFolder, Status, replacing, versions
+from yolo_gradstab.runs import RunFolder, Status, replacing, terminable, versions
 from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord
 
 __all__ = ["TASKS", "GradstabMixin", "trainer_for"]
@@ -492,7 +489,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         """Whatever ends the run, write the remaining records and a status that says so."""
         status = Status(outcome="completed")
         try:
-            with _terminable():
+            with terminable():
                 yield
             if self._stop_reason:
                 status = Status(outcome="stopped", reason=self._stop_reason)
@@ -596,7 +593,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         unwrap_model(self.model).load_state_dict(state["model"])
         self.ema.ema.load_state_dict(state["ema"])
         for saved, group in zip(state["optimizer"]["param_groups"], self.optimizer.param_groups, strict=True):
-            saved["fused"] = group.get("fused")  # as the host does: the device decides, not the checkpoint
+            if "fused" in saved:  # as the host does: the device decides, not the checkpoint
+                saved["fused"] = group.get("fused")
         self.optimizer.load_state_dict(state["optimizer"])
         self._step, self._attempt = state["step"], state["attempt"]
         self._seconds_before, self._last_step_batch = state["seconds"], state["last_step_batch"]
@@ -624,7 +622,14 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             torch.set_rng_state(saved["torch"])
             if self.device.type == "cuda" and len(saved["cuda"]) == torch.cuda.device_count():
                 torch.cuda.set_rng_state_all(saved["cuda"])
-            self.train_loader.generator.set_state(saved["loader"])
+            loader = self.train_loader
+            if loader.num_workers == 0:
+                # A sampler draws once more when it is asked beyond its end, so it must stand where the epoch had left
+                # it; the indices drawn here are thrown away. Workers prefetch, and cannot be brought back exactly.
+                loader.iterator = loader._get_iterator()
+                for _ in range(len(loader)):
+                    loader.iterator._next_index()
+            loader.generator.set_state(saved["loader"])
 
 
 def _our_state(ckpt: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -644,16 +649,3 @@ def _epoch_columns(rows: list[dict[str, Any]]) -> dict[str, float]:
         "grad/lr_eff": float(np.mean(np.multiply(lrs, coefs))),
         "grad/skipped": float(sum(row["skipped"] for row in rows)),
     }
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM, as a cluster or `kill` sends it, unwinds the stack instead of ending the process at once."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
