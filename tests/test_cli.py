@@ -1,0 +1,245 @@
+"""The `yolo-gradstab` command: what it does, and one clear line with the right exit status for every mistake."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+import yaml
+from conftest import ROOT, DrawnSet
+
+from yolo_gradstab import read_run
+from yolo_gradstab.cli import main
+
+pytestmark = pytest.mark.filterwarnings("default")  # the host's own warnings are not ours to fail on
+
+SHARED = ROOT.parent / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason=f"real data not found at {SHARED}")
+
+
+def words(arguments: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in arguments.items()]
+
+
+# What it does --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["detect", "pose"])
+def test_train_leaves_the_run_folder(
+    drawn: dict[str, DrawnSet], tmp_path: Path, capsys: pytest.CaptureFixture[str], task: str
+) -> None:
+    arguments = drawn[task].arguments(tmp_path, name="run", epochs=1)
+    file = tmp_path / "safe.yaml"
+    file.write_text("clip: {policy: zclip, z: 3}\nguard: {nonfinite: off}\n")
+    ours = [f"gradstab={file}", "clip.alpha=0.9", "update_clip=3e-2", "clip.max_norm=null"]
+    assert main([task, "train", *words(arguments), *ours]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[-2].startswith("4 optimizer steps: gradient norm ")
+    assert out[-1] == (
+        f"Run: {tmp_path / 'run'}   records: {tmp_path / 'run/gradstab'}   "
+        f"report: yolo-gradstab report {tmp_path / 'run'}"
+    )
+    run = read_run(tmp_path / "run")
+    assert run.status.outcome == "completed"
+    assert run.steps["step"].to_list() == [0, 1, 2, 3]
+    assert run.config["clip"] == {"policy": "zclip", "z": 3.0, "alpha": 0.9, "warmup": 25, "max_norm": None}
+    assert run.config["update_clip"] == {"max_ratio": 0.03, "follow_lr": True}
+    assert run.config["guard"] == {"nonfinite": "off"}
+    assert run.args["lr0"] == 0.01
+
+
+def test_resume_from_the_command_line(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=3, val=False)
+    cls_arguments = words(arguments)
+
+    import yolo_gradstab.trainer as trainer_room
+
+    original = trainer_room.GradstabMixin._end_epoch
+
+    def end_epoch(self: Any) -> None:
+        original(self)
+        if self.epoch == 1 and not self.resume:
+            raise KeyboardInterrupt
+
+    trainer_room.GradstabMixin._end_epoch = end_epoch  # type: ignore[method-assign]
+    try:
+        assert main(["detect", "train", *cls_arguments]) == 1
+        assert read_run(tmp_path / "run").status.outcome == "interrupted"
+        assert main(["detect", "train", f"resume={tmp_path / 'run/weights/last.pt'}"]) == 0
+    finally:
+        trainer_room.GradstabMixin._end_epoch = original  # type: ignore[method-assign]
+    assert read_run(tmp_path / "run").steps["step"].to_list() == list(range(12))
+
+
+def test_sweep_then_report(drawn: dict[str, DrawnSet], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = drawn["detect"].arguments(tmp_path, epochs=1, val=False)
+    for key in ("project", "exist_ok", "lr0"):
+        train.pop(key)
+    spec = tmp_path / "small.yaml"
+    spec.write_text(yaml.safe_dump({"task": "detect", "train": train, "grid": {"lr0": [0.01]}}))
+    assert main(["sweep", str(spec), f"out={tmp_path / 'out'}", "jobs=2", "grid.update_clip=[null, 0.03]"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"Report: {tmp_path / 'out/report.html'}"
+    trials = pl.read_csv(tmp_path / "out" / "trials.csv")
+    assert trials["lr0"].to_list() == [0.01, 0.01]
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [arm["trials"] for arm in summary["arms"]] == [1, 1]
+    # again: nothing is left to do, and the report is the same
+    assert main(["sweep", str(spec), f"out={tmp_path / 'out'}", "grid.update_clip=[null, 0.03]"]) == 0
+    assert "2 of them already done" in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "out"), f"out={tmp_path / 'again'}"]) == 0
+    assert (tmp_path / "again" / "report.md").is_file()
+
+
+def test_data_commands_on_a_drawn_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "sample", f"out={tmp_path / 's'}", "task=pose", "images=6", "size=64", "seed=3"]) == 0
+    assert capsys.readouterr().out.startswith(f"Drawn: {tmp_path / 's/data.yaml'}")
+    where = [f"coco={tmp_path / 's/annotations/person_keypoints_train.json'}", f"images={tmp_path / 's/images/train'}"]
+    assert main(["data", "check", *where, "task=pose", "format=json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["images"] == 4
+    assert report["problems"] == []
+    assert main(["data", "convert", *where, "task=pose", f"out={tmp_path / 'labels'}"]) == 0
+    assert "kpt_shape: [17, 3]" in capsys.readouterr().out
+    assert len(list((tmp_path / "labels").glob("*.txt"))) == 4
+
+
+@needs_shared
+def test_data_check_lists_what_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
+    coco = SHARED / "coco_open"
+    where = [f"coco={coco / 'annotations/person_keypoints_val2017.json'}", f"images={coco / 'images/val2017'}"]
+    assert main(["data", "check", *where, "task=pose"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("152 annotations, 72 used; not used: 3 crowd, 77 no_keypoints\n")
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == main(["--help"]) == 0
+    assert "yolo-gradstab detect train" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("yolo-gradstab ")
+
+
+# What users get wrong ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "line, status, message",
+    [
+        ("detec train", 2, "unknown command 'detec'; the nearest valid key is detect"),
+        ("detect", 2, "the mode must be train, got nothing"),
+        ("detect val", 2, "the mode must be train, got 'val'"),
+        ("detect train clipp=agc", 2, "unknown key clipp='agc'; the nearest valid key is clip"),
+        ("detect train epoch=3", 2, "unknown key epoch=3; the nearest valid key is epochs"),
+        ("detect train epochs", 2, "'epochs' is not key=value"),
+        ("detect train epochs=few", 2, "'epochs' must be an int"),
+        ("detect train lr0=3", 2, "Valid 'lr0' values are between 0.0 and 1.0"),
+        ("detect train clip.max_norm=ten", 2, "clip.max_norm must be a number, got 'ten'"),
+        ("detect train clip=agc clip.max_norm=1", 2, "clip.max_norm=1 belongs to policy norm and zclip"),
+        ("detect train clip.exclude=[bias", 2, "unmatched '[' or ']' bracket"),
+        ("detect train guard.spike=skip", 2, "unknown key guard.spike='skip'"),
+        ("detect train mitigations.init=none", 2, "unknown key mitigations.init"),
+        ("detect train gradstab=missing.yaml", 2, "gradstab=missing.yaml: cannot be read"),
+        ("detect train model={tiny} data=missing.yaml", 1, "'missing.yaml' does not exist"),
+        ("detect train model=missing.yaml data={data}", 1, "'missing.yaml' does not exist"),
+        ("pose train model={tiny} data={data}", 2, "is a detect model; use `yolo-gradstab detect train`"),
+        ("pose train model={tiny_pose} data={data}", 1, "no category has `keypoints`"),
+        ("data", 2, "data: must be followed by check, convert, sample, got nothing"),
+        ("data check coco=x.json", 2, "data check: images must be given, as images=..."),
+        ("data check coco=x.json images=. tsk=pose", 2, "unknown key tsk='pose'; the nearest valid key is task"),
+        ("data check coco=x.json images=.", 1, "x.json: no such file"),
+        ("data check coco={json} images={images} task=fly", 1, "task must be one of"),
+        ("data check coco={json} images={images} format=xml", 2, "format must be one of text, json, got 'xml'"),
+        ("data sample", 2, "data sample: out must be given"),
+        ("data sample out={tmp} images=1", 1, "images"),
+        ("sweep", 2, "give a spec first"),
+        ("sweep missing.yaml", 1, "missing.yaml: cannot be read"),
+        ("report", 2, "give at least one run or sweep folder"),
+        ("report {tmp}/nothing", 1, "nothing"),
+    ],
+)
+def test_one_clear_line(
+    drawn: dict[str, DrawnSet],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    status: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the host makes its folders here
+    folder = drawn["detect"].coco.parent
+    places = {
+        "tiny": drawn["detect"].model,
+        "tiny_pose": drawn["pose"].model,
+        "data": drawn["detect"].coco,
+        "json": folder / "annotations/instances_train.json",
+        "images": folder / "images/train",
+        "tmp": tmp_path / "new",
+    }
+    assert main(line.format(**places).split()) == status
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert lines[-1].startswith("yolo-gradstab: ")
+    assert message in lines[-1]
+    assert "Traceback" not in captured.err + captured.out
+
+
+def broken(content: dict[str, Any], how: str) -> str:
+    """The text of a COCO file with one thing wrong."""
+    box = content["annotations"][0]
+    edits: dict[str, Any] = {
+        "no images": lambda: content.pop("images"),
+        "no image": lambda: box.update(image_id=999),
+        "no category": lambda: box.update(category_id=99),
+        "negative": lambda: box.update(bbox=[1, 1, -5, 5]),
+        "nan": lambda: box.update(bbox=[1, float("nan"), 5, 5]),
+        "three": lambda: box.update(keypoints=[1, 2]),
+    }
+    if how in edits:
+        edits[how]()
+    text = json.dumps(content)
+    return text[: len(text) // 2] if how == "half" else text
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("half", "is not JSON"),
+        ("no images", "`images`"),
+        ("no image", "999"),
+        ("no category", "99"),
+        ("negative", "bbox"),
+        ("nan", "bbox"),
+        ("three", "keypoints"),
+        ("missing image", "not found"),
+        ("truncated image", "truncated"),
+    ],
+)
+def test_bad_coco_is_one_line_in_check_and_in_training(
+    drawn: dict[str, DrawnSet], tmp_path: Path, capsys: pytest.CaptureFixture[str], how: str, message: str
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(drawn["detect"].coco.parent, folder)
+    path = folder / "annotations" / "instances_train.json"
+    content = json.loads(path.read_text())
+    image = folder / "images" / "train" / content["images"][2]["file_name"]
+    if how == "missing image":
+        image.unlink()
+    elif how == "truncated image":
+        image.write_bytes(image.read_bytes()[:-200])
+    else:
+        path.write_text(broken(content, how))
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    for command in (
+        ["data", "check", f"coco={path}", f"images={folder / 'images/train'}"],
+        ["detect", "train", *words(drawn["detect"].arguments(tmp_path, data=folder / "data.yaml", name="run"))],
+    ):
+        assert main(command) == 1
+        captured = capsys.readouterr()
+        said = captured.err.splitlines()[-1] if command[0] == "detect" else captured.out + captured.err
+        assert message in said, said
+        assert str(path) in said
+        assert "Traceback" not in captured.err
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before  # nothing of the user's is touched
