@@ -240,6 +240,37 @@ def test_a_bad_step_is_left_out_and_nothing_else_changes(
     assert run.results["grad/skipped"].to_list() == [1, 0]
 
 
+def test_an_fp16_scalers_overflow_is_calibration(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """The scaler of fp16 training, which torch also has for the CPU: it skips, halves its scale, and goes on."""
+
+    def with_scaler(trainer: Any) -> None:
+        trainer.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+
+    arguments = drawn["detect"].arguments(tmp_path, val=False)
+    cls = faulty(trainer_for("detect", {"guard.nonfinite": "stop"}), float("inf"), at=3)
+    ours = train(cls, arguments | {"name": "ours"}, on_train_start=with_scaler)
+    yolo = {"name": "stock", "data": str(drawn["detect"].yolo)}
+    stock = train(faulty(DetectionTrainer, float("inf"), at=3), arguments | yolo, on_train_start=with_scaler)
+    state, expected = ours.model.state_dict(), stock.model.state_dict()
+    assert all(torch.equal(state[k], expected[k]) for k in state)
+    assert ours.scaler.state_dict() == stock.scaler.state_dict()
+    assert ours.ema.updates == stock.ema.updates - 1  # stock averages the unchanged weights in once more
+    run = read_run(tmp_path / "ours")
+    assert run.status.outcome == "completed"  # not a reason to stop
+    assert run.steps["scale"].to_list() == [1024] * 4 + [512] * 4
+    assert run.steps["skipped"].to_list() == [step == 3 for step in range(8)]
+    assert [event["reason"] for event in run.events] == ["scaler_overflow"]
+    # recorded norms are unscaled
+    norms = run.steps.filter(~pl.col("skipped"))["total_norm"]
+    assert norms[0] == pytest.approx(read_unscaled_first_norm(drawn, tmp_path), rel=1e-4)
+
+
+def read_unscaled_first_norm(drawn: dict[str, DrawnSet], tmp_path: Path) -> float:
+    """The first step's norm in a run without a scaler."""
+    train(trainer_for("detect"), drawn["detect"].arguments(tmp_path, name="unscaled", epochs=1, val=False))
+    return float(read_run(tmp_path / "unscaled").steps["total_norm"][0])
+
+
 def test_guard_stop_ends_the_run_and_says_why(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     cls = faulty(trainer_for("detect", {"guard.nonfinite": "stop"}), float("nan"), at=5)
     trainer = train(cls, drawn["detect"].arguments(tmp_path, name="run", epochs=4))
@@ -281,6 +312,7 @@ def test_update_clip_bounds_every_real_step(drawn: dict[str, DrawnSet], tmp_path
         def optimizer_step(self) -> None:
             before = {p: p.detach().clone() for p in self.model.parameters() if p.requires_grad}
             super().optimizer_step()
+            assert all(t.grad_fn is None for t in self._before)  # a graph over the copies would grow with every step
             lr = {p: (g["lr"], g["initial_lr"]) for g in self.optimizer.param_groups for p in g["params"]}
             excess, at_bound = [], 0
             for p, old in before.items():

@@ -28,6 +28,7 @@ yolo-gradstab: Ultralytics YOLO training with gradients measured, clipped and re
   yolo-gradstab demo [out=demo]                  sample data, detect and pose runs over learning rates, a report
   yolo-gradstab sweep SPEC.yaml [out=DIR] [key=value ...]                run or continue a sweep, then its report
   yolo-gradstab report DIR [DIR ...] [out=DIR]   report.html, report.md, summary.json, trials.csv
+  yolo-gradstab bench [format=json]              what a step costs, against stock and against how others log
   yolo-gradstab data check   coco=FILE.json images=DIR [task=detect|pose|segment] [format=json]
   yolo-gradstab data convert coco=FILE.json images=DIR out=DIR [task=...]              YOLO labels
   yolo-gradstab data sample  out=DIR [task=detect|pose] [images=96] [size=160] [seed=0]    a drawn set
@@ -349,6 +350,32 @@ def _print_trials(path: Path) -> None:
 DEMO_COLUMNS = ("task", "arm", "lr0", "outcome", "final_metric", "steps", "max_total_norm", "clipped_share", "lr_eff")
 
 
+def _bench(words: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from yolo_gradstab.bench import run_bench
+
+    optional = {"format": "text", "model": "yolo26n.yaml", "rounds": 60}
+    options = _options("bench", _pairs(words), required=(), optional=optional)
+    _choice("format", options["format"], ("text", "json"))
+    if not isinstance(options["rounds"], int) or options["rounds"] < 10:
+        raise UsageError(f"bench: rounds must be a whole number of at least 10, got {options['rounds']!r}")
+    result = run_bench(options["model"], rounds=options["rounds"])
+    if options["format"] == "json":
+        print(msgspec.json.format(msgspec.json.encode(result)).decode())
+        return 0
+    machine = result["machine"]
+    print(f"{machine['device']}, {machine['threads']} threads; {machine['tensors']} tensors, torch's clip and SGD = 1")
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name in ("case", "ratio", "low", "high", "median_ms"):
+        table.add_column(name, justify="left" if name == "case" else "right")
+    for case in result["cases"]:
+        table.add_row(case["case"], *(f"{case[name]:.2f}" for name in ("ratio", "low", "high", "median_ms")))
+    Console(highlight=False).print(table)
+    return 0
+
+
 def _say(line: str) -> None:
     print(line, flush=True)
 
@@ -393,4 +420,4 @@ _DATA: dict[str, Callable[[dict[str, Any]], int]] = {
     "convert": _data_convert,
     "sample": _data_sample,
 }
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"demo": _demo, "sweep": _sweep, "report": _report}
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {"bench": _bench, "demo": _demo, "sweep": _sweep, "report": _report}

@@ -236,6 +236,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self.accumulate += self._last_step_batch + 1
         return batch
 
+    @torch.no_grad()
     def optimizer_step(self) -> None:
         """Measure, judge, clip, step, bound: the host's step with sight. See the module's docstring for the order."""
         self._gather()
@@ -418,10 +419,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         named = list(unwrap_model(self.model).named_parameters())
         self._names = [name for name, _ in named]
         self._parameters = [p for _, p in named]
-        self._trained_index = [i for i, p in enumerate(self._parameters) if p.requires_grad]
-        trained = [self._parameters[i] for i in self._trained_index]
         groups = self.optimizer.param_groups
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
+        self._trained_index = [i for i, p in enumerate(self._parameters) if p.requires_grad and id(p) in group_of]
+        trained = [self._parameters[i] for i in self._trained_index]
         self._group_of_trained = [group_of[id(p)] for p in trained]
         sizes = [sum(p.numel() for p in group["params"]) for group in groups]
         self._main_group = sizes.index(max(sizes))
