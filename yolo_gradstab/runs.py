@@ -147,6 +147,10 @@ def terminable() -> Iterator[None]:
 
 def versions() -> dict[str, str]:
     """Versions of what decides a run's numbers."""
-    names = ("yolo-gradstab", "ultralytics", "torch", "numpy", "polars")
-    found = {name: metadata.version(name) for name in names}
-    return {"python": platform.python_version(), **found}
+    found = {"python": platform.python_version()}
+    for name in ("yolo-gradstab", "ultralytics", "torch", "numpy", "polars"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from its source folder, as on a machine without a network
+            found[name] = "not installed"
+    return found

@@ -1,7 +1,7 @@
 """Run the sweeps of this folder inside a time limit and keep what is done: what `make gpu` starts.
 
     python configs/gpu/run.py out=gpu-out time_limit_s=540 [wheels=DIR] [seeds=3] [jobs=4]
-                              [specs=bccd_detect,drawn_pose] [train.epochs=1 ...]
+                              [specs=bccd_detect,drawn_pose] [pose_images=768] [train.epochs=1 ...]
 
 Self-contained: it needs the project's files and, offline, a folder of wheels. Any further word goes to every sweep: a
 dry run on a CPU is `train.device=cpu train.amp=false train.epochs=1`.
@@ -21,11 +21,18 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CLOSING_S = 30.0  # of the limit, for interrupted trials to write their records and for the results to be gathered
 
+# The sweep without the report at its end, which would need the packages that draw charts.
+SWEEP = """
+import sys
+from yolo_gradstab.sweep import read_spec, run_sweep
+run_sweep(read_spec(sys.argv[1], sys.argv[3:]), sys.argv[2], say=lambda line: print(line, flush=True))
+"""
+
 
 def main() -> int:
     """Run, gather, say where."""
     options = {"out": "gpu-out", "time_limit_s": "540", "wheels": "", "seeds": "3", "jobs": "4"}
-    options["specs"] = "bccd_detect,drawn_pose"
+    options |= {"specs": "bccd_detect,drawn_pose", "pose_images": "768"}
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
     passed = [f"{key}={value}" for key, value in given.items() if key not in options]
     options |= {key: value for key, value in given.items() if key in options}
@@ -41,7 +48,12 @@ def main() -> int:
     for seed in range(int(options["seeds"])):
         for name in options["specs"].split(","):
             if time.monotonic() < deadline_s:
-                words = [f"train.data={data_of(name, out)}", f"seeds=[{seed}]", f"jobs={options['jobs']}", *passed]
+                words = [
+                    f"train.data={data_of(name, out, int(options['pose_images']))}",
+                    f"seeds=[{seed}]",
+                    f"jobs={options['jobs']}",
+                    *passed,
+                ]
                 sweep(name, out / name, words, deadline_s)
                 gather(out, options, started_s)
     print(f"Results: {out / 'trials.json'}, steps.parquet, layers.parquet, machine.json")
@@ -54,12 +66,12 @@ def install(wheels: Path, target: Path) -> None:
     subprocess.run([*pip, *map(str, sorted(wheels.glob("*.whl")))], check=True)
 
 
-def data_of(name: str, out: Path) -> Path:
+def data_of(name: str, out: Path, pose_images: int) -> Path:
     """The data YAML of a sweep, with absolute paths, for trials run from anywhere."""
     if name == "drawn_pose":
         from yolo_gradstab.coco.sample import draw_sample
 
-        return draw_sample(out / "data" / name, task="pose", images=768, size=192)
+        return draw_sample(out / "data" / name, task="pose", images=pose_images, size=192)
     folder = Path(os.environ.get("GRADSTAB_DATA", ROOT.parent / "shared" / "data")) / "bccd"
     if not folder.is_dir():
         sys.exit(f"{folder} does not exist; set GRADSTAB_DATA to the folder that holds bccd")
@@ -72,8 +84,7 @@ def data_of(name: str, out: Path) -> Path:
 
 def sweep(name: str, folder: Path, words: list[str], deadline_s: float) -> None:
     """Run or continue one sweep until it is done or the time is up."""
-    command = [sys.executable, "-m", "yolo_gradstab", "sweep", str(HERE / f"{name}.yaml"), f"out={folder}", *words]
-    process = subprocess.Popen(command)
+    process = subprocess.Popen([sys.executable, "-c", SWEEP, str(HERE / f"{name}.yaml"), str(folder), *words])
     try:
         process.wait(max(1.0, deadline_s - time.monotonic()))
     except subprocess.TimeoutExpired:
