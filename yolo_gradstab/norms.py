@@ -89,6 +89,7 @@ def gradient_norms(grads: Sequence[Tensor]) -> GradientNorms:
 
 def exact_gradient_norms(grads: Sequence[Tensor]) -> GradientNorms:
     """As `gradient_norms`, in float64: no finite float32 gradient overflows. Slower; for steps that look infinite."""
+    grads = [g.cpu() if g.device.type == "mps" else g for g in grads]  # which has no float64
     norms = tensor_norms(grads, dtype=torch.float64)
     return GradientNorms(norms, torch.linalg.vector_norm(norms))
 

@@ -14,6 +14,7 @@ Where our parts stand in the host's loop (`BaseTrainer._do_train`; ours in capit
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Iterator
@@ -308,7 +309,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if not follow_lr:
             return max_ratio
         groups = self.optimizer.param_groups
-        bounds = [max_ratio * min(1.0, group["lr"] / group["initial_lr"]) for group in groups]
+        # lr0=0 is allowed by the host; such a group moves only in a bias warm-up, which is then held as well.
+        bounds = [max_ratio * min(1.0, group["lr"] / (group["initial_lr"] or math.inf)) for group in groups]
         return [bounds[group] for group in self._group_of_trained]
 
     # Records ---------------------------------------------------------------------------------------------------------
