@@ -524,3 +524,11 @@ def test_bound_holds_for_any_optimizer(make: str, max_ratio: float) -> None:
                         assert ratio(p.data, old) == pytest.approx(max_ratio, abs=1e-5)
     same = all(torch.equal(p, q) for p, q in zip(bounded.parameters(), free.parameters(), strict=True))
     assert same if max_ratio > 1 else exceeded > 4 and not same
+
+
+def test_a_constant_history_still_finds_a_spike() -> None:
+    """128 equal norms have no variance at all; what is a thousand times as large is a spike all the same."""
+    for name in ("zclip", "autoclip"):
+        policy = clip_policy(name)
+        assert clipped_norms(policy, [1.0] * 128) == pytest.approx([1.0] * 128, rel=1e-5)
+        assert clipped_norms(policy, [1000.0])[0] < 1.01

@@ -134,3 +134,10 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
     (run.gradstab / "status.json").write_text('{"outcome": "fine"}')
     with pytest.raises(RunError, match=r"status\.json: Invalid enum value 'fine'"):
         run.read_status()
+
+
+def test_others_may_read_what_is_written(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    plain = tmp_path / "plain"
+    plain.touch()
+    assert (run.gradstab / "config.yaml").stat().st_mode == plain.stat().st_mode

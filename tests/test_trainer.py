@@ -505,3 +505,28 @@ def test_trainer_for_takes_files_and_overrides(tmp_path: Path) -> None:
         trainer_for("classify")
     with pytest.raises(ConfigError, match=r"unknown key clipp='agc'; the nearest valid key is clip"):
         trainer_for("detect", clipp="agc")
+
+
+def test_the_host_is_the_one_we_were_written_against() -> None:
+    """What `optimizer_step` replaces. If this fails on a new Ultralytics, read its version before changing the text."""
+    import inspect
+    import textwrap
+
+    from ultralytics.engine.trainer import BaseTrainer
+
+    assert textwrap.dedent(inspect.getsource(BaseTrainer.optimizer_step)) == textwrap.dedent(
+        '''\
+        def optimizer_step(self):
+            """Perform a single step of the training optimizer with gradient clipping and EMA update."""
+            self.scaler.unscale_(self.optimizer)  # unscale gradients
+            if self.device.type == "npu" and TORCH_2_0:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=10.0, foreach=False)
+            else:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=10.0)
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad()
+            if self.ema:
+                self.ema.update(self.model)
+        '''
+    )

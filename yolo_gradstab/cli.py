@@ -307,7 +307,7 @@ def _demo(words: list[str]) -> int:
     folders = []
     for task in TASKS:
         data = draw_sample(out / "data" / task, task=task, images=96, size=64)
-        train = {"model": str(_tiny_model(task, out)), "data": str(data), "epochs": 16, "imgsz": 64, "batch": 8}
+        train = {"model": str(_tiny_model(task, out)), "data": str(data), "epochs": 14, "imgsz": 64, "batch": 8}
         train |= {"nbs": 8, "optimizer": "SGD", "close_mosaic": 4, "val": False, "plots": False, "device": "cpu"}
         grid = {"lr0": DEMO_RATES, "update_clip": [None, 0.03]}
         print(
@@ -333,21 +333,31 @@ def _tiny_model(task: str, out: Path) -> Path:
 
 
 def _print_trials(path: Path) -> None:
+    """What a reader wants of `trials.csv` at a glance."""
     import polars as pl
     from rich.console import Console
     from rich.table import Table
 
-    trials = pl.read_csv(path)
-    table = Table(title="Trials", title_justify="left", header_style="bold")
-    columns = [name for name in DEMO_COLUMNS if name in trials.columns]
-    for name in columns:
-        table.add_column(name, justify="right" if trials.schema[name].is_numeric() else "left")
-    for row in trials.select(columns).iter_rows():
-        table.add_row(*("" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in row))
-    Console(highlight=False).print(table)
+    task = pl.col("sweep").str.split("/").list.last().alias("task")
+    trials = pl.read_csv(path).with_columns(task)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
+    for name, heading in DEMO_COLUMNS.items():
+        table.add_column(heading, justify="right" if trials.schema[name].is_numeric() else "left", no_wrap=True)
+    for row in trials.select(DEMO_COLUMNS.keys()).iter_rows():
+        table.add_row(*("" if v is None else f"{v:.2g}" if isinstance(v, float) else str(v) for v in row))
+    Console(highlight=False, width=100).print(table)
 
 
-DEMO_COLUMNS = ("task", "arm", "lr0", "outcome", "final_metric", "steps", "max_total_norm", "clipped_share", "lr_eff")
+DEMO_COLUMNS = {
+    "task": "task",
+    "arm": "clip",
+    "lr0": "lr0",
+    "verdict": "outcome",
+    "metric": "mAP50-95",
+    "max_total_norm": "largest norm",
+    "clipped_share": "clipped",
+    "lr_eff": "effective lr",
+}
 
 
 def _bench(words: list[str]) -> int:
