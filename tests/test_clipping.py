@@ -395,6 +395,26 @@ def test_nonfinite_values_never_enter_the_state(name: str) -> None:
     assert torch.equal(flat(spike), flat(other))
 
 
+@pytest.mark.parametrize("name", ["autoclip", "zclip", "tensor_ema", "stabilizer"])
+@pytest.mark.parametrize("steps_before", [0, 30])
+def test_finite_norms_whose_square_overflows_do_not_either(name: str, steps_before: int) -> None:
+    policy = clip_policy(name, **({"warmup": 10} if name in {"zclip", "tensor_ema"} else {}))
+    for step in range(steps_before):
+        policy.clip_(random_parameters(step))
+    before = policy.state_dict()
+    for huge in (1e20, 3e38):
+        parameters = random_parameters(50)
+        parameters[2].grad[0, 0] = huge
+        policy.clip_(parameters)
+    for key, value in policy.state_dict().items():
+        old = torch.zeros_like(value) if before[key].numel() == 0 else before[key]
+        assert torch.equal(value.nan_to_num(0.0), old.nan_to_num(0.0)), key
+    after = random_parameters(51)
+    policy.clip_(after)
+    assert torch.isfinite(flat(after)).all()
+    assert flat(after).norm() > 0
+
+
 @pytest.mark.parametrize("name", ["autoclip", "zclip", "tensor_ema"])
 def test_a_spike_after_a_nan_is_still_clipped(name: str) -> None:
     policy = clip_policy(name, **({"warmup": 20} if name == "tensor_ema" else {}))

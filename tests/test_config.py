@@ -36,7 +36,6 @@ def test_shorthands_and_dotted_keys() -> None:
     assert config.update_clip is not None
     assert (config.update_clip.max_ratio, config.update_clip.follow_lr) == (0.03, True)
     assert config.guard.nonfinite == "stop"
-    assert load_config({"clip": None}).to_dict()["clip"] == {"policy": "none"}
 
 
 def test_later_layers_win() -> None:
@@ -71,6 +70,8 @@ def test_a_configuration_survives_being_saved() -> None:
         ({"mitigations": {}}, r"unknown key mitigations=\{\}; valid keys are clip, "),
         ({"guard.nonfinit": "skip"}, r"nearest valid key is guard\.nonfinite$"),
         ({"clip": "agcc"}, r"clip\.policy must be one of none, norm, .*stabilizer, got 'agcc'$"),
+        ({"clip": None}, r"^clip must name a policy, got nothing; give clip=none to turn clipping off$"),
+        ({"clip": ""}, r"^clip must name a policy, got nothing"),
         ({"clip": [1]}, r"clip\.policy must be one of none, .*got \[1\]$"),
         ({"clip.factor": 0.1}, r"clip\.factor=0\.1 belongs to policy agc, not to norm \(which has max_norm\); give"),
         ({"clip": "agc", "clip.max_norm": 3}, r"clip\.max_norm=3 belongs to policy norm and zclip, not to agc"),
@@ -101,6 +102,11 @@ def test_refusals_name_key_value_and_what_is_allowed(keys: dict[str, object], wo
     with pytest.raises(ConfigError, match=words) as caught:
         load_config(keys)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_configuration_at_all() -> None:
+    with pytest.raises(ConfigError, match=r"must be a mapping of keys or a YAML file's path, got 5$"):
+        load_config(5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,10 @@ def test_nothing_counts_as_lost_where_nothing_could_be_learned() -> None:
     assert "times its start" in why
 
 
+def test_the_step_is_the_recorded_one() -> None:
+    assert "at step 120" in str(loss_breakdown([1.0] * 12 + [1e9], steps=range(0, 130, 10)))
+
+
 @pytest.mark.parametrize("outcome", ["diverged", "failed", "stopped"])
 def test_a_run_that_did_not_reach_its_end_is_lost(outcome: str) -> None:
     assert judge(outcome, 0.3, HEALTHY, best_metric=0.3)[0] == "lost"

@@ -282,6 +282,59 @@ def test_guard_stop_ends_the_run_and_says_why(drawn: dict[str, DrawnSet], tmp_pa
     assert Path(trainer.last).exists()
 
 
+class BadImage:
+    """Mixed into a trainer: from one batch on, or in one batch only, an image holds a NaN."""
+
+    from_step, to_step = 2, 2
+
+    def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        batch = super().preprocess_batch(batch)  # type: ignore[misc]
+        if self.from_step <= self._step <= self.to_step:  # type: ignore[attr-defined]
+            batch["img"][0, 0, 0, 0] = torch.nan
+        return batch
+
+
+def test_a_bad_image_does_not_poison_batchnorm(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    cls = type("Bad", (BadImage, trainer_for("detect")), {})
+    trainer = train(cls, drawn["detect"].arguments(tmp_path, name="run"))
+    for module in (trainer.model, trainer.ema.ema):
+        assert all(torch.isfinite(v).all() for v in module.state_dict().values())
+    run = read_run(tmp_path / "run")
+    assert run.steps["skipped"].to_list() == [step == 2 for step in range(8)]
+    assert run.steps["loss"][3:].is_finite().all()
+    assert [event["event"] for event in run.events] == ["skip", "buffers_restored"]
+    assert run.events[1]["num_buffers"] > 100
+
+
+def test_guard_stop_is_not_undone_by_the_host(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """Neither by its NaN recovery, which would start the epoch again, nor by its time limit's own `stop`."""
+    stopping = trainer_for("detect", {"guard.nonfinite": "stop"})
+    cls = type("Bad", (BadImage, stopping), {"from_step": 5, "to_step": 10**6})
+    train(cls, drawn["detect"].arguments(tmp_path, name="recovery", epochs=4))
+    run = read_run(tmp_path / "recovery")
+    assert (run.status.outcome, len(run.steps)) == ("stopped", 6)
+    train(faulty(stopping, float("nan"), at=2), drawn["detect"].arguments(tmp_path, name="time", time=0.01))
+    run = read_run(tmp_path / "time")
+    assert (run.status.outcome, len(run.steps)) == ("stopped", 3)
+
+
+def test_a_broken_device_still_leaves_a_true_status(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    class Broken(trainer_for("detect")):  # type: ignore[misc]
+        def optimizer_step(self) -> None:
+            super().optimizer_step()
+            if self._step == 3:
+                self._buffer.read = self._drain = self.fail
+                self.fail()
+
+        def fail(self) -> None:
+            raise RuntimeError("device-side assert")
+
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        train(Broken, drawn["detect"].arguments(tmp_path, name="run"))
+    status = read_run(tmp_path / "run").status
+    assert (status.outcome, status.reason) == ("failed", "RuntimeError: device-side assert")
+
+
 def test_guard_off_applies_what_torch_applies(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     arguments = drawn["detect"].arguments(tmp_path, epochs=1, val=False)
     cls = trainer_for("detect", {"guard.nonfinite": "off"})
@@ -335,7 +388,10 @@ def test_update_clip_bounds_every_real_step(drawn: dict[str, DrawnSet], tmp_path
     assert steps["update_ratio_max"].max() > 0.01
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "MuSGD"])
+@pytest.mark.parametrize(
+    "optimizer",
+    ["SGD", pytest.param("AdamW", marks=pytest.mark.slow), pytest.param("MuSGD", marks=pytest.mark.slow)],
+)
 def test_update_clip_out_of_reach_changes_nothing(drawn: dict[str, DrawnSet], tmp_path: Path, optimizer: str) -> None:
     arguments = drawn["detect"].arguments(tmp_path, optimizer=optimizer, val=False)
     constant = {"max_ratio": 1e6, "follow_lr": False}
@@ -357,8 +413,11 @@ class InterruptionError(Exception):
     [
         ("detect", {"clip": "zclip", "clip.warmup": 5, "update_clip": 0.03}, {"mosaic": 1.0}, 2),
         ("detect", {"clip": "autoclip"}, {"optimizer": "AdamW", "nbs": 12, "close_mosaic": 3}, 3),
-        ("pose", {"clip": "tensor_ema", "clip.warmup": 6}, {"nbs": 20, "warmup_epochs": 1}, 1),
-        ("detect", {"clip": "stabilizer"}, {"optimizer": "MuSGD"}, 1),
+        pytest.param(
+            *("pose", {"clip": "tensor_ema", "clip.warmup": 6}, {"nbs": 20, "warmup_epochs": 1}, 1),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("detect", {"clip": "stabilizer"}, {"optimizer": "MuSGD"}, 1, marks=pytest.mark.slow),
     ],
 )
 def test_resume_equals_the_uninterrupted_run(
@@ -386,6 +445,21 @@ def test_resume_equals_the_uninterrupted_run(
     assert layers[0].equals(layers[1])
     assert read_run(tmp_path / "parts").config == read_run(tmp_path / "whole").config
     assert read_run(tmp_path / "parts").status.outcome == "completed"
+
+
+def test_resume_with_another_batch_size_goes_on(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    def interrupt(trainer: Any) -> None:
+        if trainer.epoch == 2:
+            raise InterruptionError
+
+    arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=4, nbs=8, val=False)
+    with pytest.raises(InterruptionError):
+        train(trainer_for("detect"), arguments, on_train_epoch_end=interrupt)
+    resumed = YOLO(tmp_path / "run/weights/last.pt")
+    resumed.train(resume=True, batch=8, trainer=trainer_for("detect"))
+    steps = read_run(tmp_path / "run").steps
+    assert steps["step"].to_list() == list(range(len(steps)))
+    assert steps.filter(pl.col("epoch") >= 2)["images"].to_list() == [8, 8, 8, 8]
 
 
 def test_the_checkpoint_opens_in_stock(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
@@ -429,7 +503,8 @@ def test_signals_leave_a_true_status(drawn: dict[str, DrawnSet], tmp_path: Path,
     assert stderr.splitlines()[-1] in {"yolo-gradstab: interrupted", "yolo-gradstab: terminated"}
     run = read_run(tmp_path / "run")
     assert run.status.outcome == "interrupted"
-    assert run.status.reason == f"{number.name}; continue with resume={tmp_path / 'run/weights/last.pt'}"
+    last = tmp_path / "run/weights/last.pt"
+    assert run.status.reason == number.name + (f"; continue with resume={last}" if last.exists() else "")
     assert run.steps["step"].to_list() == list(range(run.status.step))
 
 

@@ -152,7 +152,7 @@ def _training_arguments(words: list[str]) -> tuple[Config, dict[str, Any]]:
         key, equals, text = word.partition("=")
         if not equals:
             if not isinstance(DEFAULT_CFG_DICT.get(key), bool):
-                raise UsageError(f"{word!r} is not key=value{nearest(key, list(DEFAULT_CFG_DICT))}")
+                raise UsageError(f"{word!r} is not key=value{nearest(key, [*DEFAULT_CFG_DICT, *config_keys()])}")
             host[key] = True  # as in `yolo detect train resume`
         elif key == "gradstab":
             file = text

@@ -10,12 +10,13 @@ Works in any PyTorch loop and imports nothing but torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
-from yolo_gradstab.norms import GradientNorms, gradient_norms, gradients, tensor_norms
+from yolo_gradstab.norms import FLOAT32_NORM_LIMIT, GradientNorms, device_index, gradient_norms, gradients, tensor_norms
 
 __all__ = [
     "AdaptiveGradientClip",
@@ -238,7 +239,7 @@ class AdaptiveGradientClip(ClipPolicy):
         ):
             grad.mul_(part.view_as(norm))
         rest = torch.ones_like(measured.norms, dtype=torch.bool)
-        rest[chosen] = False
+        rest[device_index(tuple(chosen), rest.device)] = False
         after = torch.cat([grad_norm * scale, torch.where(rest, measured.norms, 0.0).to(grad_norm.dtype)])
         return _clipped(torch.linalg.vector_norm(after), measured.total_norm)
 
@@ -280,7 +281,7 @@ class AutoClip(ClipPolicy):
         del parameters
         norm = measured.total_norm.float() / num_images
         history, count = self._state["history"], self._state["count"]
-        finite = torch.isfinite(norm)
+        finite = _sound(measured.total_norm)
         here = torch.arange(self.window, device=norm.device) == count % self.window
         self._state["history"] = history = torch.where(here & finite, norm, history)
         self._state["count"] = count + finite
@@ -323,15 +324,15 @@ class ZClip(ClipPolicy):
         z_score = (norm - mean) / (std + self.STD_EPS)
         warm = self._state["count"] >= self.warmup
         target = torch.where(warm & (z_score > self.z), mean + self.z**2 * std / z_score, norm)
-        self._observe(norm, target, warm)
+        self._observe(norm, target, warm, _sound(measured.total_norm))
         coef = torch.where(target < norm, target / (norm + NORM_EPS), torch.ones_like(norm))
         if self.max_norm is not None:
             coef = torch.minimum(coef, _coef(self.max_norm, measured.total_norm).float())
         return torch.where(torch.isfinite(norm), coef, norm * 0)  # a NaN norm must not pass as "no spike"
 
-    def _observe(self, norm: Tensor, target: Tensor, warm: Tensor) -> None:
+    def _observe(self, norm: Tensor, target: Tensor, warm: Tensor, finite: Tensor) -> None:
         """Collect the warm-up, start mean and variance from it (population variance), then follow `target`."""
-        state, finite = self._state, torch.isfinite(norm)
+        state = self._state
         here = torch.arange(self.warmup, device=norm.device) == state["count"]
         history = torch.where(here & finite, norm, state["history"])
         count = state["count"] + (finite & ~warm)
@@ -380,11 +381,12 @@ class TensorEma(ClipPolicy):
 
     def scale(self, parameters: Sequence[Tensor], measured: GradientNorms, num_images: float) -> Tensor:
         """One multiplier per tensor with a gradient."""
-        having = [i for i, p in enumerate(parameters) if p.grad is not None]
+        with_grad = tuple(i for i, p in enumerate(parameters) if p.grad is not None)
+        having = device_index(with_grad, measured.norms.device)
         norms = measured.norms.new_zeros(len(parameters), dtype=torch.float32)
         norms[having] = measured.norms.float() / num_images
         self._grow(norms)
-        finite = torch.isfinite(measured.total_norm)
+        finite = _sound(measured.total_norm)
         warm = self._state["count"] >= self.warmup - (self.max_norm is not None)
         early = torch.ones_like(norms)
         if self.max_norm is not None:
@@ -443,15 +445,15 @@ class Stabilizer(ClipPolicy):
         """``target * m / (sqrt(v) * n)`` with bias-corrected means m of n and v of n squared."""
         del parameters
         norm = measured.total_norm.float() / num_images
-        finite = torch.isfinite(norm)
+        finite = _sound(measured.total_norm)
         count = self._state["count"] + finite
         mean = torch.where(finite, self.gamma1 * self._state["mean"] + (1 - self.gamma1) * norm, self._state["mean"])
         square = self.gamma2 * self._state["square"] + (1 - self.gamma2) * norm**2
         square = torch.where(finite, square, self._state["square"])
         self._state = {"mean": mean, "square": square, "count": count}
-        m_hat = mean / (1 - self.gamma1**count)
-        v_hat = square / (1 - self.gamma2**count)
-        tiny = torch.finfo(norm.dtype).tiny  # a zero gradient stays zero
+        tiny = torch.finfo(norm.dtype).tiny  # a zero gradient stays zero; before any sound norm, so does every gradient
+        m_hat = mean / (1 - self.gamma1**count).clamp_min(tiny)
+        v_hat = square / (1 - self.gamma2**count).clamp_min(tiny)
         return self.target * m_hat / (v_hat.sqrt() * norm).clamp_min(tiny) / num_images
 
 
@@ -488,8 +490,7 @@ def update_ratios(parameters: Sequence[Tensor], before: Sequence[Tensor]) -> Upd
     """
     update_norm = tensor_norms(torch._foreach_sub(list(parameters), list(before)))
     weight_norm = tensor_norms(before)
-    floors = [(VECTOR_FLOOR_RMS if p.ndim <= 1 else MATRIX_FLOOR_RMS) * p.numel() ** 0.5 for p in parameters]
-    floor = torch.tensor(floors, device=weight_norm.device, dtype=weight_norm.dtype)
+    floor = _floors(tuple((p.ndim, p.numel()) for p in parameters), weight_norm.device, weight_norm.dtype)
     ratio = update_norm / torch.maximum(weight_norm, floor)
     return UpdateRatios(ratio, update_norm, weight_norm, torch.ones_like(ratio))
 
@@ -544,6 +545,13 @@ def clip_update_(
     return moved._replace(scale=scale)
 
 
+@lru_cache(maxsize=16)
+def _floors(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Least norm of each tensor, given its number of dimensions and elements; the same at every step, so kept."""
+    floors = [(VECTOR_FLOOR_RMS if ndim <= 1 else MATRIX_FLOOR_RMS) * numel**0.5 for ndim, numel in shapes]
+    return torch.tensor(floors, device=device, dtype=dtype)
+
+
 def multiply_(tensors: Sequence[Tensor], scale: Tensor) -> None:
     """Multiply tensors in place by one scalar, or by one each, without reading it on the host."""
     for device in {t.device for t in tensors}:
@@ -554,6 +562,11 @@ def multiply_(tensors: Sequence[Tensor], scale: Tensor) -> None:
         else:
             factors = scale.to(device)
             torch._foreach_mul_(group, [factors[i] for i in here])
+
+
+def _sound(total_norm: Tensor) -> Tensor:
+    """Whether a norm may enter a policy's state: finite, and its square too, which a variance is made of."""
+    return torch.le(total_norm, FLOAT32_NORM_LIMIT)
 
 
 def _coef(max_norm: float | Tensor, total_norm: Tensor) -> Tensor:

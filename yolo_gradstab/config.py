@@ -222,6 +222,8 @@ def load_config(*layers: dict[str, Any] | Config | None) -> Config:
         if layer is None:
             continue
         plain = layer.to_dict() if isinstance(layer, Config) else layer
+        if not isinstance(plain, dict):
+            raise ConfigError(f"a configuration must be a mapping of keys or a YAML file's path, got {plain!r}")
         for key in _SHORTHANDS & plain.keys():
             if not isinstance(plain[key], dict):
                 merged.pop(key, None)  # `clip=agc` is that policy with its defaults, whatever an earlier layer said
@@ -296,7 +298,9 @@ def _place(key: str, value: Any) -> dict[str, Any]:
     if rest:
         return {head: _place(rest, value)}
     if head == "clip" and not isinstance(value, dict):
-        value = {"policy": "none" if value is None else value}
+        if value in (None, ""):  # an unset variable in `clip=$POLICY` must not turn clipping off
+            raise ConfigError("clip must name a policy, got nothing; give clip=none to turn clipping off")
+        value = {"policy": value}
     elif head == "update_clip" and value in ("none", "None"):
         value = None
     elif head == "update_clip" and value is not None and not isinstance(value, dict):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ __all__ = [
     "FLOAT32_NORM_LIMIT",
     "GradientNorms",
     "Layers",
+    "device_index",
     "exact_gradient_norms",
     "gradient_norms",
     "gradients",
@@ -63,7 +65,7 @@ def tensor_norms(tensors: Sequence[Tensor], *, dtype: torch.dtype | None = None)
     norms, order = _grouped_norms(tensors, dtype)
     if order == sorted(order):
         return norms
-    return norms[torch.tensor(order, device=norms.device).argsort()]
+    return norms[device_index(tuple(order), norms.device).argsort()]
 
 
 def gradient_norms(grads: Sequence[Tensor]) -> GradientNorms:
@@ -83,7 +85,7 @@ def gradient_norms(grads: Sequence[Tensor]) -> GradientNorms:
     if norms.device.type == "cpu" and not torch.isfinite(total_norm):
         return exact_gradient_norms(grads)
     if order != sorted(order):
-        norms = norms[torch.tensor(order, device=norms.device).argsort()]
+        norms = norms[device_index(tuple(order), norms.device).argsort()]
     return GradientNorms(norms, total_norm)
 
 
@@ -109,6 +111,12 @@ def _grouped_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> tupl
         return torch.stack([norm.to(device) for norm in norms]), order
 
 
+@lru_cache(maxsize=64)
+def device_index(indices: tuple[int, ...], device: torch.device) -> Tensor:
+    """Indices as a tensor on the device, kept: uploading the same list at every step would stall an accelerator."""
+    return torch.tensor(indices, dtype=torch.long, device=device)
+
+
 class Layers:
     """Groups of tensors by layer: the stages ``model.<index>`` of a YOLO model, or each parameter by itself.
 
@@ -123,7 +131,6 @@ class Layers:
     def __init__(self, names: list[str], index: list[int]) -> None:
         self.names = names
         self.index = index
-        self._index = torch.tensor(index, dtype=torch.long)
 
     @classmethod
     def stages(cls, parameter_names: Iterable[str]) -> Layers:
@@ -150,9 +157,8 @@ class Layers:
 
     def sums(self, values: Tensor) -> Tensor:
         """Sum of `values` (one per tensor) over each layer, shape ``(num_layers,)``."""
-        if self._index.device != values.device:
-            self._index = self._index.to(values.device)
-        return values.new_zeros(len(self.names)).index_add_(0, self._index, values)
+        index = device_index(tuple(self.index), values.device)
+        return values.new_zeros(len(self.names)).index_add_(0, index, values)
 
 
 def _stage(name: str) -> str:

@@ -48,11 +48,12 @@ class ReportError(ValueError):
 # What became of a run ------------------------------------------------------------------------------------------------
 
 
-def loss_breakdown(losses: Sequence[float]) -> str | None:
-    """How a recorded loss left its course for good, in words; nothing if it did not.
+def loss_breakdown(losses: Sequence[float], steps: Sequence[int] | None = None) -> str | None:
+    """How a recorded loss left its course, in words; nothing if it did not.
 
-    The simple form of ALGORITHMS B1: a loss that is not finite, one 100 times the median of the first ten, or an end
-    a thousand times below it, which is how a detector that matches nothing any more looks.
+    In simple form: a loss that is not finite, one 100 times the median of the first ten, or an end a thousand times
+    below it, which is how a detector that matches nothing any more looks. `steps` are the optimizer steps the losses
+    were recorded at, where that is not each one.
 
     Example:
         >>> loss_breakdown([200.0] * 10 + [2.25e8, 0.01])
@@ -60,7 +61,8 @@ def loss_breakdown(losses: Sequence[float]) -> str | None:
     """
     first = [loss for loss in losses[:FIRST_STEPS] if math.isfinite(loss)]
     later = losses[FIRST_STEPS:]
-    for step, loss in enumerate(later, FIRST_STEPS):
+    numbers = range(len(losses)) if steps is None else steps
+    for step, loss in zip(numbers[FIRST_STEPS:], later, strict=True):
         if not math.isfinite(loss):
             return f"loss not finite at step {step}"
         if first and loss > BLOWUP * median(first):
@@ -70,16 +72,23 @@ def loss_breakdown(losses: Sequence[float]) -> str | None:
     return None
 
 
-def judge(outcome: str, metric: float | None, losses: Sequence[float], *, best_metric: float) -> tuple[Verdict, str]:
+def judge(
+    outcome: str,
+    metric: float | None,
+    losses: Sequence[float],
+    *,
+    best_metric: float,
+    steps: Sequence[int] | None = None,
+) -> tuple[Verdict, str]:
     """Whether a run was kept, and why not.
 
     Args:
-        outcome: As in its status. A run that diverged, failed, or was stopped by its guard is lost.
+        outcome: As in its status. A run that diverged, was stopped by its guard, or failed of its loss is lost.
         metric: Its final metric.
         losses: Its recorded losses.
         best_metric: The best final metric in the same sweep: a metric of 0 is a loss only where learning was possible.
     """
-    broken = loss_breakdown(losses) or ""
+    broken = loss_breakdown(losses, steps) or ""
     if outcome in {"diverged", "failed", "stopped"}:
         return "lost", broken
     if metric is not None and metric >= NOTHING:
@@ -235,7 +244,8 @@ class _Comparison:
             row = entry.row
             row.sweep = str(self.sweep) if self.sweep else None
             losses = entry.steps["loss"].fill_null(math.nan).to_list()
-            row.verdict, why = judge(row.outcome, row.metric, losses, best_metric=best)
+            steps = entry.steps["step"].to_list()
+            row.verdict, why = judge(row.outcome, row.metric, losses, best_metric=best, steps=steps)
             row.note = "; ".join(text for text in (row.note, why) if text)
 
     @property
@@ -447,6 +457,10 @@ def _unfinished(entry: _Entry) -> str | None:
         return f"interrupted at step {status.step}" + (f" ({status.reason})" if status.reason else "")
     if status.outcome == "failed" and entry.steps.is_empty():
         return f"failed before its first step: {status.reason or 'no reason was recorded'}"
+    losses = entry.steps["loss"].fill_null(math.nan).to_list()
+    if status.outcome == "failed" and "NaN" not in (status.reason or "") and not loss_breakdown(losses):
+        # A full disk or a memory too small says nothing about the learning rate.
+        return f"failed for another reason than its loss: {status.reason or 'no reason was recorded'}"
     return None
 
 

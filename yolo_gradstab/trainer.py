@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import random
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ from yolo_gradstab.norms import (
     FLOAT32_NORM_LIMIT,
     GradientNorms,
     Layers,
+    device_index,
     exact_gradient_norms,
     gradient_norms,
     tensor_norms,
@@ -162,6 +164,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._buffer = _StepBuffer()
         self._step = 0
         self._attempt = 0
+        self._bounds: list[float] = []  # of the parameter groups, as last uploaded
         self._batch_in_epoch = 0
         self._batch_images = 0
         self._stepped = False  # whether the current micro-batch ended in an optimizer step
@@ -254,6 +257,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
         if skipped:
             clipped, moved = Clipped(measured.total_norm, torch.ones_like(measured.total_norm)), None
+            self._mend_buffers()
         else:
             clipped = self._policy.apply_(self._parameters, measured, num_images=self._accumulated.images)
             moved = self._step_and_bound()
@@ -292,6 +296,26 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self.stop = True
         return wanted != "off"
 
+    def _mend_buffers(self) -> None:
+        """Take non-finite buffers from the EMA: a NaN that came through the forward pass is in BatchNorm's statistics.
+
+        Without this one bad image would leave every later batch NaN, though no weight was touched.
+        """
+        averaged = dict(self.ema.ema.named_buffers())
+        mended = []
+        for name, buffer in unwrap_model(self.model).named_buffers():
+            if buffer.is_floating_point() and not torch.isfinite(buffer).all():
+                buffer.copy_(averaged[name])
+                mended.append(name)
+        if mended and self._run:
+            event = {
+                "event": "buffers_restored",
+                "step": self._step,
+                "num_buffers": len(mended),
+                "buffers": mended[:10],
+            }
+            self._run.append_event(event)
+
     def _step_and_bound(self) -> UpdateRatios | None:
         """The optimizer's step, its update bounded and measured where that is wanted."""
         bound = self._config.update_clip
@@ -304,14 +328,18 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             return update_ratios(self._trained, self._before)
         return clip_update_(self._trained, self._before, self._max_ratios(bound.max_ratio, follow_lr=bound.follow_lr))
 
-    def _max_ratios(self, max_ratio: float, *, follow_lr: bool) -> float | list[float]:
+    def _max_ratios(self, max_ratio: float, *, follow_lr: bool) -> float | Tensor:
         """The bound of each tensor now: `max_ratio` times how far the schedule has its group's rate up."""
         if not follow_lr:
             return max_ratio
         groups = self.optimizer.param_groups
         # lr0=0 is allowed by the host; such a group moves only in a bias warm-up, which is then held as well.
         bounds = [max_ratio * min(1.0, group["lr"] / (group["initial_lr"] or math.inf)) for group in groups]
-        return [bounds[group] for group in self._group_of_trained]
+        if bounds != self._bounds:  # in warm-up at every step, then once per epoch: an upload stalls an accelerator
+            self._bounds = bounds
+            per_tensor = [bounds[group] for group in self._group_of_trained]
+            self._max_ratio_of_trained = torch.tensor(per_tensor, device=self._trained[0].device)
+        return self._max_ratio_of_trained
 
     # Records ---------------------------------------------------------------------------------------------------------
 
@@ -319,6 +347,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _batch(self) -> int:
         """The host's index of the current micro-batch over the whole run."""
         return int(self.epoch) * len(self.train_loader) + self._batch_in_epoch - 1
+
+    def _batches(self) -> list[int]:
+        """Number and size of the epoch's batches, which must be the same for a resume to be exact."""
+        return [len(self.train_loader), int(self.batch_size)]
 
     def _gather(self) -> None:
         """Add the current micro-batch's losses; under DDP the host has multiplied them by the number of ranks."""
@@ -328,6 +360,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _end_batch(self) -> None:
         if not self._stepped:
             self._gather()
+        if self._stop_reason:  # said again: with `time=` the host sets its own answer right after the step
+            self.stop = True
         if self._nominal_accumulate is not None:
             self.accumulate, self._nominal_accumulate = self._nominal_accumulate, None
             self._aligning = not self._stepped
@@ -388,7 +422,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _spread(self, values: Tensor, index: list[int]) -> Tensor:
         """Values of some parameters as a vector over all of them, zero elsewhere."""
         full = values.new_zeros(len(self._parameters))
-        full[torch.tensor(index, device=values.device)] = values
+        full[device_index(tuple(index), values.device)] = values
         return full
 
     def _drain(self) -> None:
@@ -432,6 +466,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if [id(p) for p in trained] != [id(p) for p in getattr(self, "_trained", [])]:
             self._trained = trained
             self._before = [torch.empty_like(p, requires_grad=False) for p in trained]
+            self._bounds = []
 
     @cached_property
     def _policy(self) -> ClipPolicy:
@@ -458,13 +493,13 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if self.epoch == self._epoch_seen:  # out of memory or NaN: the host starts this epoch again, gradients dropped
             self._attempt += 1
             self._accumulated = _Accumulated()
-            self._last_step_batch, self._aligning = -1, False
+            self._last_step_batch, self._aligning, self._nominal_accumulate = -1, False, None
         self._epoch_seen, self._batch_in_epoch = self.epoch, 0
         self._epoch_rows = []
         self._index_parameters()
         if self._resumed is not None:
             self._continue(self._resumed)
-            self._resumed, self._aligning = None, True
+            self._resumed = None
 
     def _end_epoch(self) -> None:
         """Write records before validation takes its time, and put the epoch's columns where loggers look."""
@@ -497,11 +532,15 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             if self._stop_reason:
                 status = Status(outcome="stopped", reason=self._stop_reason)
         except (KeyboardInterrupt, SystemExit) as error:
-            name = "SIGINT" if isinstance(error, KeyboardInterrupt) else "SIGTERM"
-            status = Status(outcome="interrupted", reason=f"{name}; continue with resume={self.last}")
+            terminated = isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
+            name = "SIGINT" if isinstance(error, KeyboardInterrupt) else "SIGTERM" if terminated else repr(error)
+            advice = f"; continue with resume={self.last}" if self.last.exists() else ""
+            status = Status(outcome="interrupted", reason=name + advice)
             raise
         except Exception as error:
             status = Status(outcome="failed", reason=f"{type(error).__name__}: {error}")
+            if self._stop_reason:
+                status = Status(outcome="stopped", reason=f"{self._stop_reason}; then {status.reason}")
             raise
         finally:
             if RANK in {-1, 0}:
@@ -513,11 +552,11 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._run = RunFolder(self.save_dir)
             self._run.create(self._config.to_dict())
         else:
-            try:
-                self._drain()
-            finally:  # a broken device cannot be read any more; what had been read is written all the same
-                self._step_parts.flush()
-                self._layer_parts.flush()
+            for write in (self._drain, self._step_parts.flush, self._layer_parts.flush):
+                try:
+                    write()
+                except Exception as error:  # a broken device or a full disk must not hide how the run ended
+                    LOGGER.warning(f"The last records of {self._run.path} could not be written: {error}")
         status.step, status.versions, status.seconds = self._step, versions(), self._seconds()
         status.metrics = {k: float(v) if np.isfinite(v) else None for k, v in (self.metrics or {}).items()}
         self._run.write_status(status)
@@ -550,6 +589,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             "attempt": self._attempt,
             "seconds": self._seconds(),
             "last_step_batch": self._last_step_batch,
+            "batches": self._batches(),
             "model": unwrap_model(self.model).state_dict(),
             "ema": self.ema.ema.state_dict(),
             # The host halves tensors in the inner dictionaries of its copy, so ours must be other dictionaries.
@@ -576,6 +616,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         state = _our_state(ckpt)
         if state is not None:
             self._policy.load_state_dict(state["policy"])
+
+    def _handle_nan_recovery(self, epoch: int) -> bool:
+        """The host's going back to `last.pt` after a NaN epoch, unless the guard has stopped the run."""
+        return not self._stop_reason and bool(super()._handle_nan_recovery(epoch))
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         """Continue exactly where the checkpoint was made, with the run's own configuration."""
@@ -609,6 +653,14 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _continue(self, state: dict[str, Any]) -> None:
         """Restore what set-up has consumed since: random states, the mosaic buffer, gradients of pending batches."""
         self.args.close_mosaic = state.get("close_mosaic", self.args.close_mosaic)
+        if state["batches"] != self._batches():
+            LOGGER.warning(
+                f"Resumed with other batches than the checkpoint's (number, size: {self._batches()}, were "
+                f"{state['batches']}): the run goes on, but not as the uninterrupted one would have"
+            )
+            self._last_step_batch = -1
+            return
+        self._aligning = True
         dataset = self.train_loader.dataset
         for index in state["mosaic_buffer"]:
             dataset.load_image(index)
