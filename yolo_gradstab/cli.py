@@ -307,7 +307,7 @@ def _demo(words: list[str]) -> int:
     folders = []
     for task in TASKS:
         data = draw_sample(out / "data" / task, task=task, images=96, size=64)
-        train = {"model": str(_tiny_model(task, out)), "data": str(data), "epochs": 14, "imgsz": 64, "batch": 8}
+        train = {"model": str(_tiny_model(task, out)), "data": str(data), "epochs": 16, "imgsz": 64, "batch": 8}
         train |= {"nbs": 8, "optimizer": "SGD", "close_mosaic": 4, "val": False, "plots": False, "device": "cpu"}
         grid = {"lr0": DEMO_RATES, "update_clip": [None, 0.03]}
         print(
@@ -354,7 +354,6 @@ DEMO_COLUMNS = {
     "lr0": "lr0",
     "verdict": "outcome",
     "metric": "mAP50-95",
-    "max_total_norm": "largest norm",
     "clipped_share": "clipped",
     "lr_eff": "effective lr",
 }
