@@ -29,11 +29,11 @@ bench: .venv/ready
 	$(BIN)/yolo-gradstab bench
 
 # The learning-rate comparison at full size, for a machine with a GPU; see configs/gpu/README.md.
-# Uses .venv if it can be made, and PYTHON with what WHEELS holds where there is no network.
+# In .venv; or, with WHEELS=DIR and no network, in PYTHON's own environment with those wheels beside it.
 TIME_LIMIT_S ?= 540
 OUT ?= gpu-out
-gpu:
-	$(PYTHON) configs/gpu/run.py out=$(OUT) time_limit_s=$(TIME_LIMIT_S) $(if $(WHEELS),wheels=$(WHEELS))
+gpu: $(if $(WHEELS),,.venv/ready)
+	$(if $(WHEELS),$(PYTHON),$(BIN)/python) configs/gpu/run.py out=$(OUT) time_limit_s=$(TIME_LIMIT_S) $(if $(WHEELS),wheels=$(WHEELS))
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis demo gpu-out runs
