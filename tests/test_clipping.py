@@ -250,6 +250,14 @@ def test_agc_leaves_biases_norms_and_the_head_alone() -> None:
     AdaptiveGradientClip(factor=0.01, eps=1e-3, exclude=("bias", "norm", "head")).bind(model).clip_(model.parameters())
     clipped = {name for name, p in model.named_parameters() if not torch.equal(p.grad, torch.full_like(p, 100.0))}
     assert clipped == {"0.0.weight", "0.2.weight", "1.0.weight"}
+    flat_model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 2))  # whose head is a layer, not a stage
+    for p in flat_model.parameters():
+        p.grad = torch.full_like(p, 100.0)
+    AdaptiveGradientClip(factor=0.01, eps=1e-3, exclude=("bias", "norm", "head")).bind(flat_model).clip_(
+        flat_model.parameters()
+    )
+    assert torch.equal(flat_model[2].weight.grad, torch.full((2, 4), 100.0))
+    assert flat_model[0].weight.grad.max() < 1
 
 
 def test_agc_unbound_leaves_vectors_alone() -> None:

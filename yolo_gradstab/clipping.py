@@ -212,7 +212,7 @@ class AdaptiveGradientClip(ClipPolicy):
                 kinds = {"bias"} if parameter_name == "bias" else set()
                 if isinstance(module, _NORM_LAYERS):
                     kinds.add("norm")
-                if name.startswith(head) and isinstance(module, _WEIGHT_LAYERS) and module.bias is not None:
+                if f"{name}.".startswith(head) and isinstance(module, _WEIGHT_LAYERS) and module.bias is not None:
                     kinds.add("head")
                 if isinstance(module, nn.modules.conv._ConvTransposeNd) and parameter_name == "weight":
                     self._transposed[id(parameter)] = module.groups
