@@ -176,6 +176,8 @@ def test_ids_do_not_depend_on_how_a_number_or_a_mapping_is_written() -> None:
     assert [trial.id for trial in first] == [trial.id for trial in second]
     assert len({trial.id for trial in first}) == 4
     assert all(len(trial.id) == 12 for trial in first)
+    # Read back from a command line, a name of digits alone (or 1e5...) would be a number and make another folder.
+    assert all(trial.id[0] == "t" for trial in first)
 
 
 def test_any_difference_in_the_configuration_is_another_trial() -> None:

@@ -279,7 +279,8 @@ def plan(spec: Spec, out: str | Path) -> list[Trial]:
         # lr0=0.001, and the sweep would vary two things.
         arguments.setdefault("warmup_bias_lr", float(f"{min(0.1, 10 * lr0):.12g}"))
         identity = {"task": spec.task, "arguments": arguments, "seed": seed}
-        trial_id = hashlib.sha256(_canonical(identity).encode()).hexdigest()[:12]
+        # A letter first: on a command line `name=312977198333`, or `1e5...`, would be read as a number.
+        trial_id = "t" + hashlib.sha256(_canonical(identity).encode()).hexdigest()[:11]
         trials.append(
             Trial(
                 id=trial_id,
