@@ -46,7 +46,7 @@ def test_train_leaves_the_run_folder(
     assert run.steps["step"].to_list() == [0, 1, 2, 3]
     assert run.config["clip"] == {"policy": "zclip", "z": 3.0, "alpha": 0.9, "warmup": 25, "max_norm": None}
     assert run.config["update_clip"] == {"max_ratio": 0.03, "follow_lr": True}
-    assert run.config["guard"] == {"nonfinite": "off"}
+    assert run.config["guard"] == {"nonfinite": "off", "divergence": "off"}
     assert run.args["lr0"] == 0.01
 
 

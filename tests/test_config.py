@@ -12,7 +12,7 @@ def test_the_default_is_stock() -> None:
     assert load_config().to_dict() == {
         "clip": {"policy": "norm", "max_norm": 10.0},
         "update_clip": None,
-        "guard": {"nonfinite": "skip"},
+        "guard": {"nonfinite": "skip", "divergence": "off"},
         "telemetry": {"every": 1, "layers_every": 10},
     }
 

@@ -163,9 +163,13 @@ class UpdateClip(_Section, frozen=True, kw_only=True):
 
 
 class Guard(_Section, frozen=True, kw_only=True):
-    """What happens to a step that must not be applied."""
+    """What happens to a step that must not be applied, and to a run that has diverged.
+
+    A divergence is noticed and recorded whatever `divergence` says; ``stop`` ends the run there.
+    """
 
     nonfinite: Literal["skip", "stop", "off"] = "skip"
+    divergence: Literal["stop", "off"] = "off"
 
 
 class Telemetry(_Section, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import msgspec
 import numpy as np
 import torch
 import yaml
@@ -37,6 +38,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolo_gradstab.clipping import Clipped, ClipPolicy, UpdateRatios, clip_update_, update_ratios
 from yolo_gradstab.coco.dataset import build_coco_dataset, read_data_yaml, resolved_yaml
 from yolo_gradstab.config import Config, ConfigError, build_policy, load_config, read_config_file
+from yolo_gradstab.guard import NO_QUALITY, DivergenceWatch, Finding
 from yolo_gradstab.norms import (
     FLOAT32_NORM_LIMIT,
     GradientNorms,
@@ -52,6 +54,8 @@ from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, Part
 __all__ = ["TASKS", "GradstabMixin", "trainer_for"]
 
 TASKS: dict[str, type[BaseTrainer]] = {"detect": DetectionTrainer, "pose": PoseTrainer}
+
+MAP50 = ("metrics/mAP50(P)", "metrics/mAP50(B)")  # the host's names; a pose run has both
 
 STATE_KEY = "gradstab"  # of our state, inside the checkpoint's optimizer state
 
@@ -171,6 +175,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._last_step_batch = -1
         self._seconds_before = 0.0  # of the parts of the run before this one
         self._stop_reason: str | None = None
+        self._watch = DivergenceWatch()
+        self._divergence: Finding | None = None  # the first
+        self._map50: float | None = None  # at the last validation
         self._resumed: dict[str, Any] | None = None  # the state to continue from, until the first epoch begins
         self._aligning = False  # until the first optimizer step after a resume
         self._nominal_accumulate: int | None = None
@@ -249,11 +256,13 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         having = [i for i, p in enumerate(self._parameters) if p.grad is not None]
         grads = [self._parameters[i].grad for i in having]
         measured = gradient_norms(grads)
-        # One value is read on the host per step: an optimizer cannot be called conditionally without it.
-        sound = float(measured.total_norm) <= FLOAT32_NORM_LIMIT
+        total_norm, loss = self._read(measured.total_norm)
+        sound = total_norm <= FLOAT32_NORM_LIMIT
         if not sound:
             measured = exact_gradient_norms(grads)
+            total_norm = float(measured.total_norm)
         skipped = not sound and self._refuses(measured, having)
+        self._judge(self._watch.add(self._step, loss=loss, total_norm=total_norm, skipped=skipped))
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
         if skipped:
             clipped, moved = Clipped(measured.total_norm, torch.ones_like(measured.total_norm)), None
@@ -266,6 +275,19 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if self.ema and not skipped:
             self.ema.update(self.model)
         self._record(measured, having, clipped, moved, known={"skipped": skipped, "scale": scale})
+
+    def _read(self, total_norm: Tensor) -> tuple[float, float]:
+        """Gradient norm and loss per image on the host, in the one read of a step.
+
+        The first decides whether the optimizer is called, the second whether the run has diverged.
+        """
+        loss = torch.as_tensor(self._accumulated.loss, device=total_norm.device).detach()
+        values = torch.stack([total_norm, loss.to(total_norm.dtype) / self._accumulated.images])
+        if self.world_size > 1:  # gradients are reduced by now, losses are not; ranks that judged apart would hang
+            torch.distributed.all_reduce(values[1:])
+            values[1] /= self.world_size
+        norm, mean_loss = values.tolist()
+        return norm, mean_loss
 
     def _refuses(self, measured: GradientNorms, having: list[int]) -> bool:
         """Whether this unsound step is not applied; every rank decides alike, since gradients are reduced by now."""
@@ -295,6 +317,21 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._stop_reason = f"{reason} at step {self._step} ({where}); guard.nonfinite=skip would go on without it"
             self.stop = True
         return wanted != "off"
+
+    def _judge(self, found: Finding | None, *, stoppable: bool = True) -> None:
+        """Keep the first divergence, say it, and stop where that is wanted."""
+        if found is None:
+            return
+        stops = stoppable and self._config.guard.divergence == "stop"
+        if self._run:
+            event = {"event": "divergence", "kind": found.kind, "step": found.step, "reason": found.reason}
+            self._run.append_event({**event, "epoch": self.epoch, "stopped": stops})
+            advice = "" if stops else "; guard.divergence=stop would end the run here"
+            LOGGER.warning(f"Diverged ({found.kind}) at step {found.step}: {found.reason}{advice}")
+        self._divergence = self._divergence or found
+        if stops:
+            self._stop_reason = f"{found.kind} at step {found.step}: {found.reason}"
+            self.stop = True
 
     def _mend_buffers(self) -> None:
         """Take non-finite buffers from the EMA: a NaN that came through the forward pass is in BatchNorm's statistics.
@@ -412,7 +449,11 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         update_norm = torch.zeros_like(weight_norm) if moved is None else moved.update_norm * moved.scale
         weights = self._layers.norms(self._spread(weight_norm, self._trained_index))
         updates = self._layers.norms(self._spread(update_norm, self._trained_index))
+        # No column: for the watch alone.
+        variances = [b for n, b in unwrap_model(self.model).named_buffers() if n.endswith("running_var")]
+        variance = torch._foreach_norm(variances, math.inf) if variances else [weight_norm.new_zeros(())]
         return {
+            "bn/running_var": torch.stack(tuple(variance)).max(),
             "layer/grad_norm": self._layers.norms(norms),
             "layer/weight_norm": weights,
             "layer/update_ratio": updates / weights.clamp_min(torch.finfo(weights.dtype).tiny),
@@ -439,6 +480,13 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
                 self._step_parts.append([record.row()])
             columns = {k[6:]: v for k, v in values.items() if k.startswith("layer/")}
             if columns:
+                weight_norms = dict(zip(self._layers.names, columns["weight_norm"], strict=True))
+                running_var = values["bn/running_var"]
+                self._judge(
+                    self._watch.add_state(record.step, weight_norms=weight_norms, running_var=running_var),
+                    # Several processes get here at different times, and one that stopped alone would hang the others.
+                    stoppable=self.world_size <= 1,
+                )
                 rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
                 self._layer_parts.append(
                     LayerRecord(step=record.step, layer=layer, **{**row, "nonfinite": int(row["nonfinite"])}).row()
@@ -519,6 +567,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         """The host's, with the epoch's gradient columns beside its metrics."""
         metrics, fitness = super().validate()
         if metrics is not None:
+            # Of the last epoch: at the end the host validates its best epoch, which hides a collapse.
+            self._map50 = next((metrics[name] for name in MAP50 if name in metrics), None)
             metrics.update(self._epoch_columns)
         return metrics, fitness
 
@@ -557,9 +607,30 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
                     write()
                 except Exception as error:  # a broken device or a full disk must not hide how the run ended
                     LOGGER.warning(f"The last records of {self._run.path} could not be written: {error}")
+        self._settle(status)
         status.step, status.versions, status.seconds = self._step, versions(), self._seconds()
         status.metrics = {k: float(v) if np.isfinite(v) else None for k, v in (self.metrics or {}).items()}
         self._run.write_status(status)
+
+    def _settle(self, status: Status) -> None:
+        """Say in the status whether the run has diverged, now that its end is known."""
+        if status.outcome == "completed":
+            self._judge(self._watch.end(self._step, map50=self._map50), stoppable=False)
+        found = self._divergence
+        if found and status.outcome == "completed" and self._map50 is not None and self._map50 >= NO_QUALITY:
+            found = None  # it was let go on, and has healed; the event stays
+        if found is None:
+            # The host's own words when it gives up, and ours when `guard.nonfinite` stopped it.
+            lost = status.outcome == "failed" and "NaN" in (status.reason or "")
+            if lost or (status.outcome == "stopped" and self._stop_reason):
+                status.divergence = "nonfinite"
+            status.outcome = "diverged" if lost else status.outcome
+            return
+        status.divergence = found.kind
+        if status.outcome in {"completed", "stopped"} or "NaN" in (status.reason or ""):
+            words = f"{found.kind} at step {found.step}: {found.reason}"
+            then = f"; then {status.reason}" if status.outcome == "failed" else ""
+            status.outcome, status.reason = "diverged", words + then
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -585,6 +656,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         state_dict[STATE_KEY] = {
             "config": self._config.to_dict(),
             "policy": self._policy.state_dict(),
+            "watch": msgspec.to_builtins(self._watch),
+            "divergence": msgspec.to_builtins(self._divergence),
             "step": self._step,
             "attempt": self._attempt,
             "seconds": self._seconds(),
@@ -643,6 +716,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             if "fused" in saved:  # as the host does: the device decides, not the checkpoint
                 saved["fused"] = group.get("fused")
         self.optimizer.load_state_dict(state["optimizer"])
+        self._watch = msgspec.convert(state["watch"], DivergenceWatch)
+        self._divergence = msgspec.convert(state["divergence"], Finding | None)
         self._step, self._attempt = state["step"], state["attempt"]
         self._seconds_before, self._last_step_batch = state["seconds"], state["last_step_batch"]
         if state["mosaic_closed"]:  # the host would close it again and draw from the loader's generator in doing so

@@ -1,0 +1,206 @@
+"""Judge a run by its loss and gradient norm: has it diverged, how, and at which step.
+
+The same judgement for the trainer while it trains, for a sweep, and for a report from the records alone. Imports
+neither torch nor ultralytics.
+
+| kind      | when                                                                                                    |
+|-----------|---------------------------------------------------------------------------------------------------------|
+| nonfinite | a step whose loss or gradient norm is not finite was applied, or 20 steps in a row could not be applied |
+| blowup    | the loss is 100 times its start; or its running mean is 4 times the lowest it has been and twice the     |
+|           | start, with the loss itself above the start, for 20 steps                                                |
+| collapse  | loss and norm are a thousandth of their start; or a layer's weights are 100 times their start, or a      |
+|           | BatchNorm variance is above 1e8; or the loss passed 10 times its start and the run ends at mAP50 0       |
+
+The start is the median of the first ten finite values. Nothing is judged before ten steps: a detector's loss may rise
+while its assigner settles. Collapse is a detector's own end: its class logits go so far down that nothing is matched
+any more, and loss and gradient become exactly or nearly 0. A low, finite loss is then the worst outcome, not the best.
+
+References:
+    The rise over the lowest smoothed loss is fastai's and Lightning's stopping rule for learning-rate range tests.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+import msgspec
+import polars as pl
+
+from yolo_gradstab.runs import Divergence
+
+__all__ = ["NO_QUALITY", "DivergenceWatch", "Finding", "find_divergences"]
+
+FIRST_STEPS = 10  # that set the scale, and before which nothing is judged
+SMOOTHING = 0.98  # of the running mean of the loss
+RISE = 4.0  # of the running mean over its lowest value
+ABOVE_START = 2.0
+LASTING_STEPS = 20  # of a risen loss, and of steps that could not be applied: a gradient scaler needs at most 16
+BLOWUP = 100.0  # of a single loss over the start
+COLLAPSE = 1e-3  # of loss and norm under the start
+COLLAPSED_STEPS = 10  # in a row: a batch without objects may be near zero once
+COLLAPSED_STEPS_AFTER_RISE = 3  # the same once the loss has passed `HIGH`
+HIGH = 10.0
+WEIGHT_GROWTH = 100.0
+RUNNING_VAR = 1e8
+NO_QUALITY = 1e-3  # mAP50 below which a run has learned nothing
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """A divergence, at the optimizer step it was found at, in words."""
+
+    kind: Divergence
+    step: int
+    reason: str
+
+
+class DivergenceWatch(msgspec.Struct):
+    """Sees a run step by step and says when it has diverged; each kind once.
+
+    Its fields are its whole state, plain numbers, so that a resumed run is judged as if it had not been interrupted.
+
+    Example:
+        >>> watch = DivergenceWatch()
+        >>> for step in range(10):
+        ...     watch.add(step, loss=200.0, total_norm=700.0)
+        >>> watch.add(10, loss=2.25e8, total_norm=6.6e6).kind
+        'blowup'
+    """
+
+    losses: list[float] = msgspec.field(default_factory=list)  # the first ten finite ones
+    norms: list[float] = msgspec.field(default_factory=list)
+    num_steps: int = 0
+    mean: float = 0.0  # running, not yet divided by `share`
+    share: float = 0.0  # of the running mean that is loss and not its initial zero
+    lowest_mean: float = math.inf
+    highest_loss: float = 0.0
+    num_risen: int = 0  # steps in a row
+    num_small: int = 0
+    num_not_applied: int = 0
+    weight_norms: dict[str, float] = msgspec.field(default_factory=dict)  # of each layer when first seen
+    kinds: list[Divergence] = msgspec.field(default_factory=list)  # found so far, in order
+
+    def add(self, step: int, *, loss: float, total_norm: float, skipped: bool = False) -> Finding | None:
+        """Judge one optimizer step.
+
+        Args:
+            step: Its number.
+            loss: Per image.
+            total_norm: Of the gradient before clipping.
+            skipped: The step was not applied; its loss and norm are not counted.
+        """
+        self.num_steps += 1
+        finite = math.isfinite(loss) and math.isfinite(total_norm)
+        self.num_not_applied = self.num_not_applied + 1 if skipped else 0
+        if self.num_not_applied >= LASTING_STEPS:
+            return self._found("nonfinite", step, f"{LASTING_STEPS} optimizer steps in a row could not be applied")
+        if skipped:
+            return None
+        if not finite:
+            what = "gradient norm" if math.isfinite(loss) else "loss"
+            return self._found("nonfinite", step, f"the {what} is not finite")
+        if len(self.losses) < FIRST_STEPS:
+            self.losses.append(loss)
+            self.norms.append(total_norm)
+        return self._judge(step, loss, total_norm)
+
+    def _judge(self, step: int, loss: float, total_norm: float) -> Finding | None:
+        start, start_norm = median(self.losses), median(self.norms)
+        self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * loss
+        self.share = SMOOTHING * self.share + (1 - SMOOTHING)
+        mean = self.mean / self.share
+        self.lowest_mean = min(self.lowest_mean, mean)
+        self.highest_loss = max(self.highest_loss, loss)
+        # The loss itself too: after one spike the mean stays up for long, although the run has healed.
+        risen = mean > RISE * self.lowest_mean and mean > ABOVE_START * start and loss > start
+        self.num_risen = self.num_risen + 1 if risen else 0
+        small = loss < COLLAPSE * start and total_norm < COLLAPSE * start_norm
+        self.num_small = self.num_small + 1 if small else 0
+        if self.num_steps <= FIRST_STEPS:
+            return None
+        if loss > BLOWUP * start:
+            return self._found("blowup", step, f"the loss is {loss / start:.3g} times its start of {start:.3g}")
+        if self.num_risen >= LASTING_STEPS:
+            reason = f"the loss has been far above its lowest for {LASTING_STEPS} steps, now {loss:.3g}"
+            return self._found("blowup", step, f"{reason} (start {start:.3g})")
+        had_risen = self.highest_loss > HIGH * start
+        if self.num_small >= (COLLAPSED_STEPS_AFTER_RISE if had_risen else COLLAPSED_STEPS):
+            reason = f"the loss is {loss:.2g} (start {start:.3g}) and the gradient norm {total_norm:.2g}"
+            return self._found("collapse", step, f"{reason} (start {start_norm:.3g}): nothing is matched any more")
+        return None
+
+    def add_state(
+        self, step: int, *, weight_norms: dict[str, float], running_var: float | None = None
+    ) -> Finding | None:
+        """Judge the model itself, at whatever steps it was looked at.
+
+        Args:
+            step: Its number.
+            weight_norms: Per layer.
+            running_var: The largest of the model's BatchNorm variances.
+        """
+        for layer, norm in weight_norms.items():
+            start = self.weight_norms.setdefault(layer, norm)
+            if start > 0 and norm > WEIGHT_GROWTH * start:
+                return self._found("collapse", step, f"the weights of {layer} are {norm / start:.3g} times their start")
+        if running_var is not None and running_var > RUNNING_VAR:
+            return self._found("collapse", step, f"a BatchNorm running variance is {running_var:.2g}")
+        return None
+
+    def end(self, step: int, *, map50: float | None) -> Finding | None:
+        """Judge the end of a run by its final mAP50; nothing where that is not known."""
+        if map50 is None or map50 >= NO_QUALITY or len(self.losses) < FIRST_STEPS:
+            return None
+        start = median(self.losses)
+        if self.highest_loss > HIGH * start:
+            reason = f"the loss had been {self.highest_loss / start:.3g} times its start, and mAP50 is {map50:.2g}"
+            return self._found("collapse", step, reason)
+        return None
+
+    def _found(self, kind: Divergence, step: int, reason: str) -> Finding | None:
+        if kind in self.kinds:
+            return None
+        self.kinds.append(kind)
+        return Finding(kind, step, reason)
+
+
+def find_divergences(
+    steps: pl.DataFrame, layers: pl.DataFrame | None = None, *, map50: float | None = None
+) -> list[Finding]:
+    """Every divergence of a run from its records, in order; the first is the one that counts.
+
+    Args:
+        steps: Step records: `step`, `loss`, `total_norm`, `skipped`.
+        layers: Layer records: `step`, `layer`, `weight_norm`.
+        map50: The run's final mAP50, for a run that has ended.
+    """
+    watch = DivergenceWatch()
+    found: list[Finding | None] = []
+    columns = [steps[name].to_list() for name in ("step", "loss", "total_norm", "skipped")]
+    for step, loss, total_norm, skipped in zip(*columns, strict=True):
+        found.append(watch.add(step, loss=_number(loss), total_norm=_number(total_norm), skipped=bool(skipped)))
+    if layers is not None:
+        for step, table in _grown(layers):
+            found.append(watch.add_state(step, weight_norms=table))
+    last = columns[0][-1] if columns[0] else 0
+    found.append(watch.end(last, map50=map50))
+    return sorted((finding for finding in found if finding), key=lambda finding: finding.step)
+
+
+def _grown(layers: pl.DataFrame) -> Sequence[tuple[int, dict[str, float]]]:
+    """Weight norms at the first recorded step and at the first at which one has grown too far, if one has."""
+    start = pl.col("weight_norm").first().over("layer", order_by="step")
+    grown = layers.filter(pl.col("weight_norm") > WEIGHT_GROWTH * start, start > 0).sort("step")
+    if grown.is_empty():
+        return []
+    wanted = (layers["step"].min(), grown["step"][0])
+    return [
+        (step, dict(layers.filter(pl.col("step") == step).select("layer", "weight_norm").iter_rows()))
+        for step in wanted
+        if isinstance(step, int)
+    ]
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
