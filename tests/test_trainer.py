@@ -26,6 +26,7 @@ from ultralytics.models.yolo.pose import PoseTrainer
 
 from yolo_gradstab import read_run, trainer_for
 from yolo_gradstab.config import ConfigError
+from yolo_gradstab.guard import find_divergences
 
 pytestmark = pytest.mark.filterwarnings("default")  # the host's own warnings are not ours to fail on
 
@@ -275,7 +276,7 @@ def test_guard_stop_ends_the_run_and_says_why(drawn: dict[str, DrawnSet], tmp_pa
     cls = faulty(trainer_for("detect", {"guard.nonfinite": "stop"}), float("nan"), at=5)
     trainer = train(cls, drawn["detect"].arguments(tmp_path, name="run", epochs=4))
     run = read_run(tmp_path / "run")
-    assert run.status.outcome == "stopped"
+    assert (run.status.outcome, run.status.divergence) == ("stopped", "nonfinite")
     assert "nonfinite_gradient at step 5 (1 tensors, the last model." in str(run.status.reason)
     assert len(run.steps) == 6
     assert all(torch.isfinite(v).all() for v in trainer.model.state_dict().values())
@@ -316,6 +317,85 @@ def test_guard_stop_is_not_undone_by_the_host(drawn: dict[str, DrawnSet], tmp_pa
     train(faulty(stopping, float("nan"), at=2), drawn["detect"].arguments(tmp_path, name="time", time=0.01))
     run = read_run(tmp_path / "time")
     assert (run.status.outcome, len(run.steps)) == ("stopped", 3)
+
+
+# Divergence ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "clip", "kind"),
+    [("detect", "none", "collapse"), ("detect", "norm", "collapse"), ("pose", "norm", "blowup")],
+)
+def test_a_run_that_diverges_for_real_is_stopped_there(
+    drawn: dict[str, DrawnSet], tmp_path: Path, task: str, clip: str, kind: str
+) -> None:
+    """A rate far too high; the tiny model needs no injected fault."""
+    cls = trainer_for(task, {"clip": clip, "guard.divergence": "stop"})
+    trainer = train(cls, drawn[task].arguments(tmp_path, name="run", epochs=20, lr0=1.0, warmup_epochs=1, val=False))
+    run = read_run(tmp_path / "run")
+    (event,) = [event for event in run.events if event["event"] == "divergence"]
+    assert (run.status.outcome, run.status.divergence, event["kind"], event["stopped"]) == (
+        "diverged",
+        kind,
+        kind,
+        True,
+    )
+    assert run.status.reason == f"{kind} at step {event['step']}: {event['reason']}"
+    assert event["step"] < len(run.steps) < 80
+    # What the loss or the norm shows is acted on in that very step; growth of the weights is seen a second later.
+    if "weights" not in event["reason"] and "variance" not in event["reason"]:
+        assert len(run.steps) == event["step"] + 1
+    recorded = find_divergences(run.steps, run.layers)
+    assert kind in {finding.kind for finding in recorded}  # the records alone say the same
+    assert Path(trainer.last).exists()
+
+
+def test_a_divergence_is_noticed_where_nothing_stops_it(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """By default, as in stock, the run goes to its end: finite, quiet, and at mAP 0."""
+    train(
+        trainer_for("detect"),
+        drawn["detect"].arguments(tmp_path, name="run", epochs=20, lr0=1.0, warmup_epochs=1, val=False),
+    )
+    run = read_run(tmp_path / "run")
+    assert (run.status.outcome, run.status.divergence) == ("diverged", "collapse")
+    assert len(run.steps) == 20 * 4
+    assert run.steps["loss"][-1] < 0.05 < 1 < run.steps["loss"][0]
+    assert run.results["metrics/mAP50(B)"][-1] == 0
+    assert [event["stopped"] for event in run.events if event["event"] == "divergence"] == [False]
+
+
+def test_a_blowup_that_heals_is_a_completed_run(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    class Healing(trainer_for("detect")):  # type: ignore[misc]
+        def _read(self, total_norm: Any) -> tuple[float, float]:
+            norm, loss = super()._read(total_norm)
+            return norm, loss * (1000 if self._step == 12 else 1)
+
+        def validate(self) -> Any:
+            metrics, fitness = super().validate()
+            self._map50 = 0.4  # sixteen images are too few to learn from
+            return metrics, fitness
+
+    train(Healing, drawn["detect"].arguments(tmp_path, name="run", epochs=4))
+    run = read_run(tmp_path / "run")
+    assert (run.status.outcome, run.status.divergence, run.status.reason) == ("completed", None, None)
+    assert [(event["kind"], event["step"]) for event in run.events] == [("blowup", 12)]
+
+
+def test_a_run_whose_every_step_is_bad_has_diverged(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """Each step is left out, so weights stay finite, and nothing is learned: after twenty of them that is said."""
+    cls = type("Bad", (BadImage, trainer_for("detect", {"guard.divergence": "stop"})), {"to_step": 10**6})
+    train(cls, drawn["detect"].arguments(tmp_path, name="run", epochs=20, batch=2, nbs=2, val=False))
+    run = read_run(tmp_path / "run")
+    assert (run.status.outcome, run.status.divergence, len(run.steps)) == ("diverged", "nonfinite", 22)
+
+
+def test_a_host_that_gives_up_with_nan_has_diverged(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    cls = type("Bad", (BadImage, trainer_for("detect")), {"from_step": 5, "to_step": 10**6})
+    with pytest.raises(RuntimeError, match="NaN persisted"):
+        train(cls, drawn["detect"].arguments(tmp_path, name="run", epochs=4))
+    status = read_run(tmp_path / "run").status
+    assert (status.outcome, status.divergence) == ("diverged", "nonfinite")
+    assert "NaN persisted" in str(status.reason)
 
 
 def test_a_broken_device_still_leaves_a_true_status(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
@@ -437,6 +517,7 @@ def test_resume_equals_the_uninterrupted_run(
     resumed = YOLO(tmp_path / "parts/weights/last.pt")
     resumed.train(resume=True, trainer=trainer_for(task))
     assert_same_training(resumed.trainer, whole)
+    assert resumed.trainer._watch == whole._watch
     expected, state = whole._policy.state_dict(), resumed.trainer._policy.state_dict()
     assert all(torch.equal(expected[k].nan_to_num(-1), state[k].nan_to_num(-1)) for k in expected)
     a, b = (read_run(tmp_path / name).steps.drop("time_s") for name in ("whole", "parts"))

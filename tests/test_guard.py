@@ -1,0 +1,155 @@
+"""`yolo_gradstab.guard` on recorded and made series; collapses of real runs are in `test_trainer.py`."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import polars as pl
+import pytest
+
+from yolo_gradstab.guard import DivergenceWatch, Finding, find_divergences
+
+# A run of yolo11n, SGD at 0.1 without clipping, that ended at a loss of 1e-8 and mAP 0 (ALGORITHMS F14).
+LOSSES = [227, 218, 201, 241, 200, 391, 4240, 14216, 268, 237, 161, 7681, 2.25e8, 0.0099, 0.0011, 0.0033]
+NORMS = [712, 1007, 470, 662, 228, 1231, 3.8e4, 1.4e5, 105, 128, 413, 2.2e4, 6.6e6, 0.33, 0.65, 0.24]
+
+
+def table(losses: Any, norms: Any = None, skipped: Any = None, first: int = 0) -> pl.DataFrame:
+    losses = [float(loss) for loss in losses]
+    columns = {
+        "step": range(first, first + len(losses)),
+        "loss": losses,
+        "total_norm": [10.0] * len(losses) if norms is None else [float(norm) for norm in norms],
+        "skipped": [False] * len(losses) if skipped is None else skipped,
+    }
+    return pl.DataFrame(columns)
+
+
+def kinds(found: list[Finding]) -> list[tuple[str, int]]:
+    return [(finding.kind, finding.step) for finding in found]
+
+
+def healthy(count: int, *, seed: int = 0, start: float = 200.0, end: float = 40.0) -> list[float]:
+    """A falling loss with the spread of a detector's batches."""
+    noise = np.random.default_rng(seed).lognormal(sigma=0.35, size=count)
+    return list(np.geomspace(start, end, count) * noise)
+
+
+def test_the_recorded_collapse_is_a_blowup_and_then_a_collapse() -> None:
+    assert kinds(find_divergences(table(LOSSES, NORMS))) == [("blowup", 12), ("collapse", 15)]
+
+
+def test_nothing_is_judged_before_ten_steps() -> None:
+    assert find_divergences(table(LOSSES[:12], NORMS[:12])) == []
+    # ...but what is not finite cannot come back
+    assert kinds(find_divergences(table([200.0, math.nan, 200.0]))) == [("nonfinite", 1)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_noisy_healthy_run_is_none(seed: int) -> None:
+    losses = healthy(2000, seed=seed)
+    norms = np.random.default_rng(seed + 100).lognormal(mean=6, sigma=0.5, size=2000)
+    norms[700], losses[700] = 1e5, 80 * float(np.median(losses[:10]))  # a spike that heals
+    layers = pl.DataFrame({"step": [0, 10], "layer": ["model.0"] * 2, "weight_norm": [0.5, 20.0]})
+    assert find_divergences(table(losses, norms), layers, map50=0.4) == []
+
+
+def test_a_loss_that_stays_high_is_a_blowup_within_its_lasting_steps() -> None:
+    losses = [200.0] * 50 + [1500.0] * 60
+    (found,) = find_divergences(table(losses))
+    # By hand: the mean passes 2 x 200 at the 9th of the high steps, 4 x its lowest (200) at the 31st; then 20 steps.
+    share = [(1 - 0.98**i) * 1300 / (1 - 0.98 ** (50 + i)) + 200 for i in range(1, 60)]
+    first = next(i for i, mean in enumerate(share) if mean > 800)
+    assert (found.kind, found.step) == ("blowup", 50 + first + 19)
+    assert "far above its lowest for 20 steps, now 1.5e+03 (start 200)" in found.reason
+
+
+def test_a_loss_a_hundred_times_its_start_is_a_blowup_at_once() -> None:
+    assert kinds(find_divergences(table([*healthy(30, end=200), 2.9e4]))) == [("blowup", 30)]
+    assert find_divergences(table([200.0] * 30 + [1.99e4, 200.0])) == []
+
+
+def test_collapse_without_a_blowup_needs_ten_steps_and_the_norm() -> None:
+    quiet = [200.0] * 20 + [0.0] * 12
+    small = [700.0] * 20 + [0.0] * 12
+    assert kinds(find_divergences(table(quiet, small))) == [("collapse", 29)]
+    assert find_divergences(table(quiet[:29], small[:29])) == []  # batches without objects
+    assert find_divergences(table(quiet, [700.0] * 32)) == []  # a small loss that still has gradients
+    (found,) = find_divergences(table([200.0] * 20 + [1e-8] * 12, [700.0] * 20 + [1e-5] * 12))
+    assert found.reason == (
+        "the loss is 1e-08 (start 200) and the gradient norm 1e-05 (start 700): nothing is matched any more"
+    )
+
+
+def test_a_step_that_was_skipped_is_not_a_divergence_but_twenty_in_a_row_are() -> None:
+    losses = [200.0] * 40
+    losses[15] = math.nan
+    assert find_divergences(table(losses, skipped=[i == 15 for i in range(40)])) == []
+    assert kinds(find_divergences(table(losses))) == [("nonfinite", 15)]
+    skipped = [i >= 15 for i in range(40)]
+    norms = [10.0] * 15 + [math.inf] * 25
+    assert kinds(find_divergences(table([200.0] * 40, norms, skipped))) == [("nonfinite", 34)]
+    assert find_divergences(table([200.0] * 34, norms[:34], skipped[:34])) == []  # a scaler that looks for its scale
+
+
+def test_weights_and_variances_that_grow_are_a_collapse() -> None:
+    watch = DivergenceWatch()
+    assert watch.add_state(0, weight_norms={"model.0": 2.0, "model.23": 0.0}, running_var=1.0) is None
+    assert watch.add_state(10, weight_norms={"model.0": 199.0, "model.23": 5.0}, running_var=9.9e7) is None
+    found = watch.add_state(20, weight_norms={"model.0": 201.0, "model.23": 5.0}, running_var=1.0)
+    assert found == Finding("collapse", 20, "the weights of model.0 are 100 times their start")
+    found = DivergenceWatch().add_state(5, weight_norms={}, running_var=2e8)
+    assert found == Finding("collapse", 5, "a BatchNorm running variance is 2e+08")
+    layers = pl.DataFrame(
+        {"step": [0, 0, 10, 10, 20, 20], "layer": ["a", "b"] * 3, "weight_norm": [1.0, 1.0, 2.0, 101.0, 300.0, 500.0]}
+    )
+    (found,) = find_divergences(table([200.0] * 30), layers)
+    assert (found.kind, found.step, found.reason) == ("collapse", 10, "the weights of b are 101 times their start")
+
+
+def test_the_end_decides_whether_a_high_loss_was_a_collapse() -> None:
+    losses = [200.0] * 20 + [3000.0] + [150.0] * 100
+    assert find_divergences(table(losses), map50=0.2) == []
+    assert find_divergences(table(losses), map50=None) == []
+    (found,) = find_divergences(table(losses), map50=0.0005)
+    assert (found.kind, found.step) == ("collapse", 120)
+    assert find_divergences(table([200.0] * 100), map50=0.0) == []  # it did not learn, which is not a divergence
+
+
+def test_state_survives_a_checkpoint() -> None:
+    whole, first = DivergenceWatch(), DivergenceWatch()
+    for step in range(13):
+        whole.add(step, loss=LOSSES[step], total_norm=NORMS[step])
+        first.add(step, loss=LOSSES[step], total_norm=NORMS[step])
+    second = msgspec.convert(msgspec.to_builtins(first), DivergenceWatch)
+    for step in range(13, 16):
+        assert whole.add(step, loss=LOSSES[step], total_norm=NORMS[step]) == second.add(
+            step, loss=LOSSES[step], total_norm=NORMS[step]
+        )
+    assert whole == second
+    assert whole.kinds == ["blowup", "collapse"]
+
+
+def test_records_without_a_value_and_empty_ones_are_read() -> None:
+    assert find_divergences(table([])) == []
+    gap = table([200.0] * 12).with_columns(loss=pl.Series([200.0] * 11 + [None]))
+    assert kinds(find_divergences(gap)) == [("nonfinite", 11)]
+
+
+RESULTS = Path(__file__).parents[1] / "notebooks" / "results" / "2026-11-23-drawn-detect-cpu"
+
+
+def test_real_runs_that_collapsed_are_found_early_and_no_other_is() -> None:
+    """30 recorded runs of stock and of `update_clip`: the six that ended at mAP 0, within a third of their steps."""
+    steps, layers = pl.read_parquet(RESULTS / "steps.parquet"), pl.read_parquet(RESULTS / "layers.parquet")
+    lost = 0
+    for trial in json.loads((RESULTS / "trials.json").read_text()):
+        mine = pl.col("id") == trial["id"]
+        found = find_divergences(steps.filter(mine).sort("step"), layers.filter(mine), map50=None)
+        assert bool(found) == (trial["final_metric"] < 1e-3), trial["command"]
+        assert all(finding.step < 60 for finding in found)
+        lost += bool(found)
+    assert lost == 6
