@@ -6,6 +6,7 @@ to see a traceback.
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import msgspec
 import yaml
 
-from yolo_gradstab.config import Config, ConfigError, config_keys, load_config, nearest, read_config_file
+from yolo_gradstab.config import Config, ConfigError, as_numbers, config_keys, load_config, nearest, read_config_file
 
 __all__ = ["main"]
 
@@ -27,6 +28,8 @@ yolo-gradstab: Ultralytics YOLO training with gradients measured, clipped and re
   yolo-gradstab pose   train data=... model=yolo26n-pose.yaml
   yolo-gradstab demo [out=demo]                  sample data, detect and pose runs over learning rates, a report
   yolo-gradstab sweep SPEC.yaml [out=DIR] [key=value ...]                run or continue a sweep, then its report
+  yolo-gradstab lr-range task=detect data=... model=... optimizer=SGD    bracket the stable learning rates
+                         [lr_min=1e-5] [lr_max=1] [steps=150] [out=runs/lr_range]
   yolo-gradstab report DIR [DIR ...] [out=DIR]   report.html, report.md, summary.json, trials.csv
   yolo-gradstab bench [format=json]              what a step costs, against stock and against how others log
   yolo-gradstab data check   coco=FILE.json images=DIR [task=detect|pose|segment] [format=json]
@@ -141,8 +144,8 @@ def _say_where(folder: Path) -> int:
     return 0
 
 
-def _training_arguments(words: list[str]) -> tuple[Config, dict[str, Any]]:
-    """Our configuration and the host's arguments, both checked before anything starts."""
+def _training_arguments(words: list[str], also: Sequence[str] = ()) -> tuple[Config, dict[str, Any]]:
+    """Our configuration and the host's arguments, both checked before anything starts; `also` are a command's own."""
     from ultralytics.cfg import DEFAULT_CFG_DICT, merge_equals_args, parse_key_value_pair
 
     ours: dict[str, Any] = {}
@@ -163,7 +166,7 @@ def _training_arguments(words: list[str]) -> tuple[Config, dict[str, Any]]:
                 host.update([parse_key_value_pair(word)])
             except (AssertionError, SyntaxError, ValueError, NameError) as error:
                 raise UsageError(f"{word}: {error}") from None
-    _check_host_arguments(host)
+    _check_host_arguments(host, also)
     return load_config(read_config_file(file) if file is not None else None, ours), host
 
 
@@ -174,7 +177,7 @@ def _merged(words: list[str], merge: Callable[[list[str]], list[str]]) -> list[s
         raise UsageError(str(error)) from None
 
 
-def _check_host_arguments(arguments: dict[str, Any]) -> None:
+def _check_host_arguments(arguments: dict[str, Any], also: Sequence[str]) -> None:
     """The host's own checks of keys, types and ranges, in one line, with our keys among the suggestions."""
     from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
     from ultralytics.utils import LOGGER
@@ -185,7 +188,7 @@ def _check_host_arguments(arguments: dict[str, Any]) -> None:
         get_cfg(DEFAULT_CFG_DICT, dict(arguments))
     except SyntaxError:
         unknown = [key for key in arguments if key not in DEFAULT_CFG_DICT]
-        near = nearest(unknown[0], [*DEFAULT_CFG_DICT, *config_keys(), "gradstab"])
+        near = nearest(unknown[0], [*DEFAULT_CFG_DICT, *config_keys(), "gradstab", *also])
         raise UsageError(f"unknown key {unknown[0]}={arguments[unknown[0]]!r}{near}") from None
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
@@ -279,6 +282,40 @@ def _sweep(words: list[str]) -> int:
     folder = run_sweep(read_spec(words[0], given), out, say=_say)
     print(f"Report: {build_report([folder])}")
     return 0
+
+
+def _lr_range(words: list[str]) -> int:
+    """Raise the rate until training breaks; print where, a chart, and the grid to sweep."""
+    from yolo_gradstab.lr_range import run_lr_range
+
+    names = ("task", "lr_min", "lr_max", "steps", "out")
+    own = _pairs([word for word in words if word.partition("=")[0] in names])
+    config, arguments = _training_arguments([word for word in words if word.partition("=")[0] not in names], names)
+    task = own.pop("task", None)
+    if task is None:
+        raise UsageError("lr-range: task must be given, as task=detect")
+    out = Path(own.pop("out", "runs/lr_range"))
+    result = run_lr_range(task, arguments, config, **as_numbers(own), out=out)
+    _print_range(result)
+    found = f"training broke at lr {result.lr_div:.2g} ({result.how})" if result.lr_div else result.how
+    print(f"{len(result.lr)} steps from lr {result.lr[0]:.2g}: {found}")
+    if result.steepest is not None:
+        print(f"loss fell fastest near lr {result.steepest:.2g}")
+    print(f"grid to sweep:  lr0: {[float(f'{rate:g}') for rate in result.grid]}")
+    print(f"Chart: {out / 'lr_range.png'}   records: {out / 'lr_range.json'}")
+    return 0
+
+
+def _print_range(result: Any) -> None:
+    """The smoothed loss at every quarter of a decade, as bars."""
+    rows: dict[int, tuple[float, float]] = {}
+    for rate, loss in zip(result.lr, result.smoothed_loss, strict=True):
+        if loss is not None:
+            rows[round(4 * math.log10(rate))] = (rate, loss)
+    most = max((loss for _, loss in list(rows.values())[:3]), default=1.0) * 1.5
+    for rate, loss in rows.values():
+        width = min(40, round(40 * loss / most))
+        print(f"  lr {rate:8.2g}  loss {loss:9.4g}  {'█' * width}{'▶' if loss > most else ''}")
 
 
 def _report(words: list[str]) -> int:
@@ -429,4 +466,10 @@ _DATA: dict[str, Callable[[dict[str, Any]], int]] = {
     "convert": _data_convert,
     "sample": _data_sample,
 }
-_COMMANDS: dict[str, Callable[[list[str]], int]] = {"bench": _bench, "demo": _demo, "sweep": _sweep, "report": _report}
+_COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "bench": _bench,
+    "demo": _demo,
+    "sweep": _sweep,
+    "lr-range": _lr_range,
+    "report": _report,
+}

@@ -14,7 +14,7 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-__all__ = ["embedded", "javascript_bundle", "metric_against_lr", "save", "thin", "trajectories"]
+__all__ = ["embedded", "javascript_bundle", "lr_range", "metric_against_lr", "save", "thin", "trajectories"]
 
 # Okabe and Ito's colours, distinct for all kinds of colour vision; their yellow is too pale for lines on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -269,6 +269,53 @@ def _panel(
     column = alt.Column("lr0:O", header=header, sort="ascending")
     panel: alt.FacetChart = lines.properties(width=width, height=150).facet(column=column, spacing=14)
     return panel
+
+
+# Learning-rate range test ---------------------------------------------------------------------------------------------
+
+
+def lr_range(steps: pl.DataFrame, *, lr_div: float | None, grid: list[float]) -> alt.LayerChart:
+    """Loss against a rising learning rate, with the rate at which training broke and the suggested grid.
+
+    Args:
+        steps: A row per optimizer step: `lr`, `loss` and `smoothed_loss`, null where not finite.
+        lr_div: The rate at which training broke, or none.
+        grid: Rates marked on the axis.
+    """
+    positive = steps.filter(pl.col("smoothed_loss") > 0)
+    low, high = _extremes(pl.concat([steps["lr"], pl.Series(grid)]))
+    x = alt.X(
+        "lr:Q",
+        scale=alt.Scale(type="log", domain=[low / 1.15, high * 1.15], nice=False),
+        title="learning rate",
+        axis=alt.Axis(labelExpr=_PLAIN, values=[10.0**i for i in range(-8, 2)]),
+    )
+    axis = alt.Axis(labelExpr=_PLAIN, tickCount=5)
+    lowest, highest = _extremes(positive["smoothed_loss"]) if len(positive) else (0.1, 1.0)
+    scale = alt.Scale(type="log", domain=[lowest / 1.6, highest * 1.6], nice=False, clamp=True)
+    dots = alt.Chart(_values(steps.filter(pl.col("loss") > 0))).mark_point(
+        filled=True, size=14, opacity=0.35, color=QUIET
+    )
+    line = alt.Chart(_values(positive)).mark_line(color=COLORS[0], strokeWidth=2.2)
+    layers = [
+        dots.encode(x=x, y=alt.Y("loss:Q", scale=scale, axis=axis, title="loss per image")),
+        line.encode(x=x, y=alt.Y("smoothed_loss:Q", scale=scale, axis=axis, title="loss per image")),
+        alt.Chart(_values(pl.DataFrame({"lr": grid})))
+        .mark_point(shape="triangle-up", filled=True, size=70, color=COLORS[2], opacity=1)
+        .encode(x=x, y=alt.value(294)),
+    ]
+    note = "Line: smoothed; dots: each step. Triangles: the suggested grid."
+    if lr_div is not None:
+        table = pl.DataFrame({"lr": [lr_div], "text": [f" broke at {lr_div:.2g}"]})
+        layers.append(alt.Chart(_values(table)).mark_rule(color=COLORS[1], strokeWidth=1.8).encode(x=x))
+        near_end = lr_div > low * (high / low) ** 0.75
+        text = alt.Chart(_values(table)).mark_text(
+            align="right" if near_end else "left", dx=-6 if near_end else 4, color=COLORS[1], fontSize=12.5
+        )
+        layers.append(text.encode(x=x, y=alt.value(10), text="text:N"))
+    title = alt.Title("Learning-rate range test", subtitle=note)
+    styled: alt.LayerChart = _styled(alt.layer(*layers).properties(width=WIDTH_PX, height=300, title=title))
+    return styled
 
 
 # Output --------------------------------------------------------------------------------------------------------------
