@@ -44,6 +44,7 @@ def test_the_recorded_collapse_is_a_blowup_and_then_a_collapse() -> None:
 
 def test_nothing_is_judged_before_ten_steps() -> None:
     assert find_divergences(table(LOSSES[:12], NORMS[:12])) == []
+    assert find_divergences(table([200.0] * 6 + [1e5] + [200.0] * 20)) == []
     # ...but what is not finite cannot come back
     assert kinds(find_divergences(table([200.0, math.nan, 200.0]))) == [("nonfinite", 1)]
 
@@ -70,6 +71,13 @@ def test_a_loss_that_stays_high_is_a_blowup_within_its_lasting_steps() -> None:
 def test_a_loss_a_hundred_times_its_start_is_a_blowup_at_once() -> None:
     assert kinds(find_divergences(table([*healthy(30, end=200), 2.9e4]))) == [("blowup", 30)]
     assert find_divergences(table([200.0] * 30 + [1.99e4, 200.0])) == []
+
+
+def test_the_echo_of_a_spike_in_the_mean_is_no_blowup() -> None:
+    losses = [200.0] * 10 + [80.0] * 30 + [1.9e4] + [80.0] * 60
+    means = pl.Series(losses).ewm_mean(alpha=0.02)
+    assert ((means > 400) & (means > 4 * means.cum_min())).sum() > 25
+    assert find_divergences(table(losses)) == []
 
 
 def test_collapse_without_a_blowup_needs_ten_steps_and_the_norm() -> None:

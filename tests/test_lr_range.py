@@ -43,7 +43,7 @@ def test_smoothing_is_the_bias_corrected_mean() -> None:
 
 
 def test_it_stops_at_four_times_the_lowest_smoothed_loss() -> None:
-    losses = [*[8.0] * 40, *[4.0] * 30, *[1000.0] * 30]
+    losses = [*[8.0] * 40, *[4.0] * 30, *[30.0] * 60]
     test = fed(losses)
     smoothed = test.smoothed
     assert test.ended
