@@ -76,7 +76,7 @@ def test_a_loss_a_hundred_times_its_start_is_a_blowup_at_once() -> None:
 def test_the_echo_of_a_spike_in_the_mean_is_no_blowup() -> None:
     losses = [200.0] * 10 + [80.0] * 30 + [1.9e4] + [80.0] * 60
     means = pl.Series(losses).ewm_mean(alpha=0.02)
-    assert ((means > 400) & (means > 4 * means.cum_min())).sum() > 25
+    assert ((means > 400) & (means > 4 * means.cum_min())).sum() > 20
     assert find_divergences(table(losses)) == []
 
 
