@@ -83,9 +83,9 @@ def test_lr50_reference_value() -> None:
 
 
 def test_lr50_makes_shares_monotone_first() -> None:
-    """By hand: 0 1/2 0 1 pools to 0 1/4 1/4 1; on x = -3 -2 -1 0 that is .25 x -2.5 + .75 x -.5 = -1."""
-    found = lr50(*runs([0, 1, 0, 2], seeds=2, rates=[1e-3, 1e-2, 1e-1, 1.0]))
-    assert found.value == pytest.approx(0.1)
+    """By hand: 0 1/2 0 1 pools to 0 1/4 1/4 1; on x = -3 -2 -1/2 0 that is 1/4 x -5/2 + 3/4 x -1/4 = -13/16."""
+    found = lr50(*runs([0, 1, 0, 2], seeds=2, rates=[1e-3, 1e-2, 10**-0.5, 1.0]))
+    assert found.value == pytest.approx(10 ** (-13 / 16))
 
 
 @pytest.mark.parametrize(
@@ -196,6 +196,12 @@ def test_one_spike_is_one_and_a_constant_has_none(score: Callable[..., float | N
     assert score([3.0] * 128) is None
     assert score([*[math.nan] * 10, *[3.0] * 128]) is None
     assert score([]) is None
+
+
+def test_a_rise_of_a_quiet_series_is_no_robust_spike() -> None:
+    values = np.random.default_rng(0).lognormal(sigma=0.05, size=128)
+    assert robust_spike_score(np.append(values, 2.0)) == 0
+    assert robust_spike_score(np.append(values, 3.5)) == 1 / 129
 
 
 @pytest.mark.parametrize(("sigma", "expected"), [(0.25, 1.7), (0.5, 12.5), (1.0, 57)])
