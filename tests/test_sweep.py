@@ -1,26 +1,20 @@
-"""Sweeps whose trials are small programs that write real run folders."""
+"""Specs, plans and the folder of a sweep; how trials are run is in `test_executors.py`."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 import yaml
+from test_executors import TRIAL
 
 from yolo_gradstab import sweep as sweep_module
 from yolo_gradstab.config import ConfigError
-from yolo_gradstab.runs import RunError, RunFolder
-from yolo_gradstab.sweep import Spec, SweepError, Trial, plan, read_spec, read_trial, run_sweep, run_trials
-from yolo_gradstab.telemetry import read_run
+from yolo_gradstab.runs import RunError
+from yolo_gradstab.sweep import Spec, SweepError, check_files, plan, read_spec, read_trial, run_sweep
 
 SPEC: dict[str, Any] = {
     "task": "detect",
@@ -28,53 +22,6 @@ SPEC: dict[str, Any] = {
     "grid": {"lr0": [0.01, 0.1], "clip": ["none", {"policy": "norm", "max_norm": 10}]},
     "seeds": [0, 1],
 }
-
-# A trial without a network: a run folder, written as the trainer writes it.
-TRIAL = """
-import os, sys, time
-from pathlib import Path
-from yolo_gradstab.runs import RunFolder, Status
-from yolo_gradstab.telemetry import STEP_SCHEMA, PartWriter, StepRecord
-folder, outcome = Path(sys.argv[1]), sys.argv[2]
-run = RunFolder(folder)
-run.create({"clip": {"policy": "norm", "max_norm": 10.0}})
-(folder / "starts").open("a").write("x")
-if outcome == "crash":
-    sys.exit("ValueError: the data is not there")
-if outcome == "wait":
-    run.write_status(Status())
-    try:
-        (folder / "ready").touch()
-        time.sleep(60)
-    except KeyboardInterrupt:
-        run.write_status(Status(outcome="interrupted"))
-        raise SystemExit(130)
-writer = PartWriter(run.steps, STEP_SCHEMA)
-writer.append([StepRecord(step=0, epoch=0, attempt=0, batch=0, images=16, lr=0.01, loss=1.0, losses={}, total_norm=1.0,
-    clipped_norm=1.0, clip_coef=1.0, bounded_share=None, update_ratio_max=None, nonfinite=0, skipped=False, scale=1.0,
-    time_s=0.0).row()])
-writer.flush()
-(folder / "results.csv").write_text("epoch,metrics/mAP50-95(B)\\n1,0.5\\n2,0.41\\n")
-print("threads", os.environ["OMP_NUM_THREADS"])
-run.write_status(Status(outcome=outcome, metrics={"metrics/mAP50-95(B)": 0.5}))
-"""
-
-
-def acting(trials: list[Trial], folder: Path, **outcomes: str) -> list[Trial]:
-    """The same trials with a small program for a command; `outcomes` are by number, as `t1="crash"`."""
-    return [
-        msgspec.structs.replace(
-            trial,
-            command=[
-                sys.executable,
-                "-c",
-                TRIAL,
-                str(folder / "trials" / trial.id),
-                outcomes.get(f"t{i}", "completed"),
-            ],
-        )
-        for i, trial in enumerate(trials)
-    ]
 
 
 def small(**changes: Any) -> Spec:
@@ -106,7 +53,13 @@ def test_spec_is_read_from_yaml_with_overrides(tmp_path: Path) -> None:
         ({"jobs": 0}, r"jobs must be a whole number from 1, got 0"),
         ({"seeds": []}, r"seeds must be a list of whole numbers, e\.g\. \[0, 1, 2\], none of them negative, got \[\]"),
         ({"seeds": [0, 0]}, r"seeds has 0 twice"),
-        ({"executor": "ray"}, r"executor must be local, got 'ray'"),
+        ({"executor": "slurm"}, r"executor must be local or ray, got 'slurm'"),
+        ({"time_limit_s": 0}, r"time_limit_s must be a number of seconds above 0, or null, got 0"),
+        (
+            {"grid": {"clip": ["norm", {"policy": "norm", "max_norm": 10}]}},
+            r"\{clip: norm\} and \{clip: \{max_norm: 10(\.0)?, policy: norm\}\} are the same run; give each once",
+        ),
+        ({"grid": {"update_clip": [0.03, {"max_ratio": 0.03}]}}, r"are the same run; give each once"),
         ({"grid": {"lr0": []}}, r"grid\.lr0 must be a list of at least one value, got \[\]"),
         ({"grid": {"lr0": 0.1}}, r"grid\.lr0 must be a list of at least one value, got 0\.1"),
         ({"grid": {"lr0": [0.1, 1e-1]}}, r"grid\.lr0 has 0\.1 twice; give each value once"),
@@ -157,13 +110,17 @@ def test_a_file_that_is_no_spec_is_named(tmp_path: Path, text: str, words: str) 
         read_spec(SPEC, ["jobs"])
 
 
-@pytest.mark.parametrize("name", ["sample_detect", "sample_pose", "bccd_detect"])
-def test_specs_in_the_project_are_valid(name: str) -> None:
-    root = Path(__file__).parents[1]
-    spec = read_spec(root / "configs" / "sweeps" / f"{name}.yaml")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.yaml")), ids=lambda path: path.stem)
+def test_specs_in_the_project_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    spec = read_spec(path)
     assert len(plan(spec, "out")) >= 30
-    if name.startswith("sample"):
-        assert (root / spec.train["model"]).is_file()
+    if "sample" in spec.train["data"]:  # drawn by a command
+        spec = msgspec.structs.replace(spec, train=spec.train | {"data": "coco8.yaml"})
+    check_files(spec)
 
 
 # Planning
@@ -198,7 +155,8 @@ def test_command_is_what_a_user_would_type() -> None:
     assert trial.command[:5] == [sys.executable, "-m", "yolo_gradstab", "detect", "train"]
     assert trial.command[5:] == [
         "model=tiny.yaml", "data=drawn.yaml", "optimizer=SGD", "epochs=3", "lr0=0.01", "clip.policy=norm",
-        "clip.max_norm=10", "warmup_bias_lr=0.1", "seed=0", f"project={Path('out/trials').absolute()}",
+        "clip.max_norm=10", "warmup_bias_lr=0.1", "guard.divergence=stop", "seed=0",
+        f"project={Path('out/trials').absolute()}",
         f"name={trial.id}", "exist_ok=true",
     ]  # fmt: skip
 
@@ -224,6 +182,19 @@ def test_bias_warm_up_is_scaled_with_the_rate_unless_given() -> None:
     assert rates(small(train=SPEC["train"] | {"warmup_bias_lr": 0.0})) == ["warmup_bias_lr=0.0"] * 2
 
 
+def test_a_sweep_ends_what_has_diverged_unless_told_otherwise() -> None:
+    def given(spec: Spec) -> set[str]:
+        return {text for trial in plan(spec, "out") for text in trial.command if text.startswith("guard")}
+
+    assert given(small()) == {"guard.divergence=stop"}
+    # quoted, as `off` is false to YAML
+    assert given(small(train=SPEC["train"] | {"guard": {"divergence": "off"}})) == {"guard.divergence='off'"}
+    assert given(small(grid={"guard.divergence": ["stop", "off"]})) == {
+        "guard.divergence=stop",
+        "guard.divergence='off'",
+    }
+
+
 def test_the_rate_is_the_hosts_where_none_is_given() -> None:
     assert plan(small(grid={"clip": ["agc"]}), "out")[0].lr0 == 0.01
 
@@ -231,109 +202,75 @@ def test_the_rate_is_the_hosts_where_none_is_given() -> None:
 # Running
 
 
-def test_trials_run_are_recorded_and_not_run_again(tmp_path: Path) -> None:
-    spec, lines = small(), []
-    trials = acting(plan(spec, tmp_path), tmp_path, t1="diverged")
-    assert run_trials(spec, trials, tmp_path, lines.append) == tmp_path
-    assert lines[0] == f"2 trials in {tmp_path}, 0 of them already done; 1 at a time"
-    assert lines[1].startswith("trial 1/2 lr0=0.01 seed=0: completed, mAP50-95 0.41, ")
-    assert lines[2].startswith("about ")
-    assert lines[3].startswith("trial 2/2 lr0=0.1 seed=0: diverged, mAP50-95 0.41, ")
-    assert read_spec(tmp_path / "sweep.yaml") == spec
-    folder = tmp_path / "trials" / trials[0].id
-    assert read_trial(folder) == trials[0]
-    assert json.loads((folder / "trial.json").read_text()).keys() == {"id", "arm", "lr0", "seed", "point", "command"}
-
-    lines.clear()
-    run_trials(spec, trials, tmp_path, lines.append)
-    assert lines == [f"2 trials in {tmp_path}, 2 of them already done; 1 at a time"]
-    assert (folder / "starts").read_text() == "x"
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with the files that `SPEC` names."""
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").touch()
+    Path("drawn.yaml").touch()
+    return tmp_path
 
 
-def test_a_failed_trial_does_not_stop_the_others_and_is_repeated(tmp_path: Path) -> None:
-    spec, lines = small(), []
-    trials = acting(plan(spec, tmp_path), tmp_path, t0="crash")
-    run_trials(spec, trials, tmp_path, lines.append)
-    log = tmp_path / "trials" / f"{trials[0].id}.log"
-    assert lines[1].startswith("trial 1/2 lr0=0.01 seed=0: failed (ValueError: the data is not there), ")
-    assert "trial 2/2 lr0=0.1 seed=0: completed" in lines[3]
-    assert lines[-1] == f"1 of 2 trials failed; see {log}. Start the sweep again to repeat them"
-    run_trials(spec, acting(plan(spec, tmp_path), tmp_path), tmp_path, lines.append)
-    assert read_run(tmp_path / "trials" / trials[0].id).status.outcome == "completed"
-
-
-def test_records_of_an_unfinished_attempt_are_removed(tmp_path: Path) -> None:
-    spec = small()
-    trials = acting(plan(spec, tmp_path), tmp_path)
-    stale = RunFolder(tmp_path / "trials" / trials[0].id)
-    stale.create({})
-    stale.append_event({"event": "skip"})
-    run_trials(spec, trials, tmp_path, lambda line: None)
-    assert read_run(stale.path).events == []
-    assert len(read_run(stale.path).steps) == 1
-
-
-def test_several_trials_run_at_once_and_share_the_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    spec = small(jobs=2)
-    trials = acting(plan(spec, tmp_path), tmp_path)
-    run_trials(spec, trials, tmp_path, lambda line: None)
-    assert "threads 3" in (tmp_path / "trials" / f"{trials[0].id}.log").read_text()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    shutil.rmtree(tmp_path / "trials")
-    run_trials(spec, trials, tmp_path, lambda line: None)
-    assert "threads 1" in (tmp_path / "trials" / f"{trials[0].id}.log").read_text()
-
-
-INTERRUPTED = """
-import sys, msgspec
-from pathlib import Path
-from yolo_gradstab.sweep import Spec, Trial, run_trials
-folder = Path(sys.argv[1])
-spec, trials = msgspec.json.decode((folder / "input.json").read_bytes(), type=tuple[Spec, list[Trial]])
-run_trials(spec, trials, folder, print)
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="signals as on POSIX")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_reaches_the_trials_and_is_waited_for(tmp_path: Path, number: signal.Signals) -> None:
-    spec = small(seeds=[0, 1], jobs=2)
-    trials = acting(plan(spec, tmp_path), tmp_path, t0="wait", t1="wait")
-    (tmp_path / "input.json").write_bytes(msgspec.json.encode((spec, trials)))
-    with subprocess.Popen([sys.executable, "-c", INTERRUPTED, str(tmp_path)], stderr=subprocess.DEVNULL) as sweep:
-        deadline_s = time.monotonic() + 30
-        while len(list(tmp_path.glob("trials/*/ready"))) < 2 and time.monotonic() < deadline_s:
-            time.sleep(0.05)
-        sweep.send_signal(number)
-        assert sweep.wait(40) != 0
-    for trial in trials[:2]:
-        assert read_run(tmp_path / "trials" / trial.id).status.outcome == "interrupted"
-    for trial in trials[2:]:
-        assert not (tmp_path / "trials" / trial.id).exists()
-
-
-def test_run_sweep_starts_planned_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_sweep_starts_planned_commands(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def command(task: str, arguments: dict[str, Any], folder: Path) -> list[str]:
         assert (task, arguments["optimizer"]) == ("detect", "SGD")
         return [sys.executable, "-c", TRIAL, str(folder), "completed"]
 
     monkeypatch.setattr(sweep_module, "trial_command", command)
-    monkeypatch.chdir(tmp_path)
     Path("rates.yaml").write_text(yaml.safe_dump(SPEC | {"grid": {"lr0": [0.1]}, "seeds": [0]}))
     assert run_sweep("rates.yaml", say=lambda line: None) == Path("runs", "sweeps", "rates")
     assert run_sweep(read_spec("rates.yaml"), say=lambda line: None) == Path("runs", "sweeps", "rates")
     assert len(list(Path("runs/sweeps/rates/trials").glob("*/gradstab/status.json"))) == 1
+    assert read_spec("runs/sweeps/rates/sweep.yaml") == read_spec("rates.yaml")
 
 
-def test_nothing_is_started_or_written_if_a_sweep_is_refused(tmp_path: Path) -> None:
+def test_nothing_is_started_or_written_if_a_sweep_is_refused(folder: Path) -> None:
     with pytest.raises(SweepError, match="ignores lr0"):
-        run_sweep(SPEC | {"train": {"model": "m", "data": "d"}}, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "file").touch()
-    with pytest.raises(SweepError, match=r"out=.*file: cannot be made \(.*\); name another folder"):
-        run_sweep(SPEC, tmp_path / "file")
+        run_sweep(SPEC | {"train": {"model": "m", "data": "d"}}, "out")
+    with pytest.raises(SweepError, match="retry must be failed, got 'all'"):
+        run_sweep(SPEC, "out", retry="all")
+    Path("drawn.yaml").unlink()
+    with pytest.raises(SweepError, match=r"^train\.data=drawn\.yaml does not exist; give the path of a file$"):
+        run_sweep(SPEC, "out")
+    assert not Path("out").exists()
+    Path("drawn.yaml").touch()
+    Path("file").touch()
+    with pytest.raises(SweepError, match=r"out=file: cannot be made \(.*\); name another folder"):
+        run_sweep(SPEC, "file")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "found"),
+    [
+        ("model", "tiny.yaml", True),
+        ("model", "yolo26n.yaml", True),  # the host's yolo26.yaml at scale n
+        ("model", "yolo26n-pose.yaml", True),
+        ("model", "yolo11.yaml", True),
+        ("model", "yolo26n.pt", True),
+        ("model", "weights/best.pt", False),
+        ("model", "yolo99n.yaml", False),
+        ("model", "elsewhere/yolo26n.yaml", False),
+        ("data", "coco8.yaml", True),
+        ("data", "coco9.yaml", False),
+    ],
+)
+def test_models_and_data_must_be_there(folder: Path, key: str, value: str, found: bool) -> None:
+    for changes in ({"train": SPEC["train"] | {key: value}}, {"grid": {key: [value]}}):
+        train = {name: item for name, item in SPEC["train"].items() if "train" in changes or name != key}
+        spec = read_spec(SPEC | {"train": train} | changes)
+        if found:
+            check_files(spec)
+        else:
+            with pytest.raises(SweepError, match=rf"(train|grid)\.{key}={value} does not exist"):
+                check_files(spec)
+
+
+def test_a_sample_set_that_is_not_drawn_yet_says_how(folder: Path) -> None:
+    spec = read_spec(SPEC | {"train": SPEC["train"] | {"data": "datasets/sample_detect/data.yaml"}})
+    with pytest.raises(
+        SweepError, match="draw it first: yolo-gradstab data sample out=datasets/sample_detect task=detect"
+    ):
+        check_files(spec)
 
 
 def test_a_damaged_trial_file_is_named(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ yolo-gradstab: Ultralytics YOLO training with gradients measured, clipped and re
   yolo-gradstab detect train data=... model=yolo26n.yaml lr0=0.01 clip=agc      every Ultralytics argument works
   yolo-gradstab pose   train data=... model=yolo26n-pose.yaml
   yolo-gradstab demo [out=demo]                  sample data, detect and pose runs over learning rates, a report
-  yolo-gradstab sweep SPEC.yaml [out=DIR] [key=value ...]                run or continue a sweep, then its report
+  yolo-gradstab sweep SPEC.yaml [out=DIR] [retry=failed] [key=value ...]    run or continue a sweep, then its report
   yolo-gradstab lr-range task=detect data=... model=... optimizer=SGD    bracket the stable learning rates
                          [lr_min=1e-5] [lr_max=1] [steps=150] [out=runs/lr_range]
   yolo-gradstab report DIR [DIR ...] [out=DIR]   report.html, report.md, summary.json, trials.csv
@@ -40,6 +41,7 @@ Our keys, beside Ultralytics' own (also from a file: gradstab=FILE.yaml, which k
   clip=none|norm|value|agc|autoclip|zclip|tensor_ema|stabilizer   clip.FIELD=...   default: norm 10, as stock
   update_clip=0.03   update_clip.follow_lr=true                   largest relative step of a tensor; default: off
   guard.nonfinite=skip|stop|off                                   a step with a NaN or inf gradient; default: skip
+  guard.divergence=stop|off                                       a run that has diverged; default: off, only noticed
   telemetry.every=1   telemetry.layers_every=10                   in optimizer steps
 """
 
@@ -278,10 +280,62 @@ def _sweep(words: list[str]) -> int:
     if not words or "=" in words[0]:
         raise UsageError("sweep: give a spec first, e.g. `yolo-gradstab sweep configs/sweeps/sample_detect.yaml`")
     given = _pairs(words[1:])
-    out = given.pop("out", None)
-    folder = run_sweep(read_spec(words[0], given), out, say=_say)
+    out, retry = given.pop("out", None), given.pop("retry", None)
+    spec = read_spec(words[0], given)
+    with _live_table() as (say, watch):
+        folder = run_sweep(spec, out, say=say, watch=watch, retry=retry)
     print(f"Report: {build_report([folder])}")
     return 0
+
+
+@contextmanager
+def _live_table() -> Iterator[tuple[Callable[[str], None], Callable[[list[Any]], None] | None]]:
+    """How a sweep says its lines and shows its trials: lines above a table in a terminal, lines alone elsewhere."""
+    from rich.console import Console
+    from rich.live import Live
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        yield _say, None
+        return
+    with Live(console=console, refresh_per_second=2, transient=True) as live:
+        yield (
+            lambda line: console.print(line, markup=False),
+            lambda states: live.update(_states_table(states, console.height - 4)),
+        )
+
+
+def _states_table(states: list[Any], height: int) -> Any:
+    """Running trials with their step, loss and norm, then the last that ended, as many as fit; counts and time left."""
+    from rich.table import Table
+
+    running = [state for state in states if state.outcome in {"running", "interrupted"}]
+    ended = [state for state in states if state.outcome not in {None, "running", "interrupted"}]
+    diverged = sum(state.outcome == "diverged" for state in ended)
+    table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), caption_justify="left")
+    for name in ("trial", "step", "loss", "norm", "outcome", "mAP50-95", "time"):
+        table.add_column(name, justify="left" if name in {"trial", "outcome"} else "right", no_wrap=name != "trial")
+    shown = [*running, *reversed(ended)][: max(1, height - 3)]
+    for state in shown:
+        outcome = f"{state.outcome} ({state.divergence})" if state.divergence else state.outcome
+        values = (state.loss, state.total_norm)
+        numbers = ["" if value is None else f"{value:.4g}" for value in values]
+        metric = "" if state.metric is None else f"{state.metric:.3f}"
+        table.add_row(state.trial.label, str(state.step), *numbers, outcome, metric, f"{state.seconds:.0f} s")
+    table.caption = (
+        f"{len(ended)} of {len(states)} ended, {diverged} of them diverged{_time_left(states, ended, running)}"
+    )
+    return table
+
+
+def _time_left(states: list[Any], ended: list[Any], running: list[Any]) -> str:
+    """By the mean time of those that ended; as many run at once as do now."""
+    if not ended or not running:
+        return ""
+    mean_s = sum(state.seconds for state in ended) / len(ended)
+    waiting_s = mean_s * (len(states) - len(ended) - len(running))
+    left_s = waiting_s + sum(max(0.0, mean_s - state.seconds) for state in running)
+    return f"; about {left_s / len(running) / 60:.0f} min left"
 
 
 def _lr_range(words: list[str]) -> int:

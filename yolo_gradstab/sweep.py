@@ -1,8 +1,9 @@
-"""A grid of training runs: learning rate x policy x seed, each trial a process of its own.
+"""A grid of training runs: learning rate x policy x seed, planned as trials and run by an executor.
 
 A sweep's folder holds `sweep.yaml` (the specification as run) and, per trial, `trials/<id>/` (the host's run folder,
 with `trial.json` beside its files) and `trials/<id>.log`. The id is a hash of the trial's canonical configuration, so
-the same sweep started again, or with a longer grid, continues.
+the same sweep started again, or with a longer grid, continues. The same seed means the same initial weights and the
+same order of data in every arm, so that arms can be compared in pairs.
 """
 
 from __future__ import annotations
@@ -12,33 +13,28 @@ import importlib.util
 import itertools
 import logging
 import math
-import os
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import polars as pl
 import yaml
 
 from yolo_gradstab.config import Config, as_numbers, load_config, nearest, read_config_file
-from yolo_gradstab.runs import Outcome, RunError, replacing, terminable
-from yolo_gradstab.telemetry import Run, read_run
+from yolo_gradstab.executors import TrialState, run_trials
+from yolo_gradstab.runs import replacing
+from yolo_gradstab.trial import METRICS, SweepError, Trial, final_metric, flow, read_trial
 
 __all__ = [
     "METRICS",
     "Spec",
     "SweepError",
     "Trial",
+    "TrialState",
+    "check_files",
     "final_metric",
     "plan",
     "read_spec",
@@ -49,18 +45,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-# The host's names of mAP50-95; a pose run has both, and is judged by its key points.
-METRICS = ("metrics/mAP50-95(P)", "metrics/mAP50-95(B)")
-
-# A trial that ended so is not run again.
-DONE: tuple[Outcome, ...] = ("completed", "diverged", "stopped")
-
-STOP_GRACE_S = 20.0  # for an interrupted trial to write its records, before it is killed
-
-
-class SweepError(ValueError):
-    """A sweep the user must change; the message is one line and names the file or the key."""
-
 
 class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A sweep, as written in YAML.
@@ -70,8 +54,9 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         train: Ultralytics' training arguments and our keys, the same for every trial.
         grid: For each further argument or key of ours, the values to try; trials are all their combinations.
         seeds: Every combination is run once with each.
-        jobs: Trials at once.
-        executor: Where trials run.
+        jobs: Trials at once, in turn on the GPUs there are unless `device` is given.
+        executor: Where trials run: processes on this machine, or tasks of a Ray cluster.
+        time_limit_s: Of each trial, after which it is ended and counts as failed; null for none.
         name: Of its folder, where none is given; that of its file by default.
     """
 
@@ -80,28 +65,9 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     grid: dict[str, list[Any]]
     seeds: list[int] = msgspec.field(default_factory=lambda: [0])
     jobs: int = 1
-    executor: Literal["local"] = "local"
+    executor: Literal["local", "ray"] = "local"
+    time_limit_s: float | None = None
     name: str = "sweep"
-
-
-class Trial(msgspec.Struct, frozen=True, kw_only=True):
-    """One run of a sweep; saved as `trial.json` before it starts.
-
-    Attributes:
-        id: Hash of the canonical configuration; the name of its folder.
-        arm: Its place in the grid, without the learning rate.
-        lr0: Its nominal learning rate.
-        seed: Its seed.
-        point: Its place in the grid.
-        command: What is executed.
-    """
-
-    id: str
-    arm: dict[str, Any]
-    lr0: float
-    seed: int
-    point: dict[str, Any]
-    command: list[str]
 
 
 # The specification ---------------------------------------------------------------------------------------------------
@@ -112,7 +78,8 @@ _ALLOWED = {
     "grid": "keys with a list of values each, e.g. {lr0: [0.01, 0.1]}",
     "seeds": "a list of whole numbers, e.g. [0, 1, 2]",
     "jobs": "a whole number from 1",
-    "executor": "local",
+    "executor": "local or ray",
+    "time_limit_s": "a number of seconds above 0, or null",
     "name": "a word for the sweep's folder",
 }
 
@@ -214,16 +181,22 @@ def _check(where: str, spec: Spec) -> None:
             raise SweepError(f"{where}: train.{key} is missing; give what to train{' on' if key == 'data' else ''}")
     for key, values in {**spec.grid, "seeds": spec.seeds}.items():
         name = key if key == "seeds" else f"grid.{key}"
-        seen = [_canonical(value) for value in values]
-        if twice := [value for value, text in zip(values, seen, strict=True) if seen.count(text) > 1]:
+        texts = [_canonical(value) for value in values]
+        if twice := [value for value, text in zip(values, texts, strict=True) if texts.count(text) > 1]:
             raise SweepError(f"{where}: {name} has {twice[0]!r} twice; give each value once")
     if not spec.seeds or min(spec.seeds) < 0:
         raise SweepError(f"{where}: seeds must be {_ALLOWED['seeds']}, none of them negative, got {spec.seeds}")
     if spec.jobs < 1:
         raise SweepError(f"{where}: jobs must be {_ALLOWED['jobs']}, got {spec.jobs}")
+    if spec.time_limit_s is not None and not (math.isfinite(spec.time_limit_s) and spec.time_limit_s > 0):
+        raise SweepError(f"{where}: time_limit_s must be {_ALLOWED['time_limit_s']}, got {spec.time_limit_s}")
     _check_rates(where, spec)
+    seen: dict[str, dict[str, Any]] = {}
     for point in _points(spec):
-        _check_point(where, spec, point)
+        resolved = _canonical(_resolved(where, spec, point))
+        if resolved in seen:
+            raise SweepError(f"{where}: {flow(seen[resolved])} and {flow(point)} are the same run; give each once")
+        seen[resolved] = point
 
 
 def _check_rates(where: str, spec: Spec) -> None:
@@ -240,7 +213,8 @@ def _check_rates(where: str, spec: Spec) -> None:
             )
 
 
-def _check_point(where: str, spec: Spec, point: dict[str, Any]) -> None:
+def _resolved(where: str, spec: Spec, point: dict[str, Any]) -> dict[str, Any]:
+    """What a point of the grid comes to, checked: the host's arguments and our configuration."""
     train, varied = _dotted(spec.train), _dotted(point)
     for key in varied.keys() & train.keys():
         raise SweepError(f"{where}: {key} is both in train and in grid; give it once")
@@ -249,7 +223,33 @@ def _check_point(where: str, spec: Spec, point: dict[str, Any]) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise SweepError(f"{where}: {key} must be finite, got {value}")
     layer = read_config_file(arguments["gradstab"]) if arguments.get("gradstab") else None
-    load_config(layer, {key: value for key, value in arguments.items() if _is_ours(key) and key != "gradstab"})
+    config = load_config(layer, {key: value for key, value in arguments.items() if _is_ours(key) and key != "gradstab"})
+    return {"host": {key: value for key, value in arguments.items() if not _is_ours(key)}, "ours": config.to_dict()}
+
+
+def check_files(spec: Spec) -> None:
+    """Refuse a model or data that is neither a file here nor a name that Ultralytics knows.
+
+    Not part of reading a spec, which a report does on machines that have no data.
+
+    Raises:
+        SweepError: One line naming the key and the file.
+    """
+    for key, folder in (("model", "models"), ("data", "datasets")):
+        section = "train" if key in spec.train else "grid"
+        for value in [spec.train[key]] if key in spec.train else spec.grid[key]:
+            if not _is_found(str(value), _host_folder() / "cfg" / folder):
+                drawn = "; draw it first: yolo-gradstab data sample out=" + str(Path(str(value)).parent)
+                advice = f"{drawn} task={spec.task}" if "sample" in str(value) else "; give the path of a file"
+                raise SweepError(f"{section}.{key}={value} does not exist{advice}")
+
+
+def _is_found(name: str, host: Path) -> bool:
+    """A path here, an address, weights the host can fetch by name, or a YAML file of its own, `26n` being `26`."""
+    if Path(name).exists() or "://" in name or (name.endswith(".pt") and "/" not in name):
+        return True
+    stem = re.sub(r"(\d+)[nsblmx](.*)$", r"\1\2", Path(name).stem)
+    return Path(name).name == name and any(host.rglob(f"{stem}.yaml"))
 
 
 def _is_ours(key: str) -> bool:
@@ -259,11 +259,14 @@ def _is_ours(key: str) -> bool:
 @cache
 def _host_defaults() -> dict[str, Any]:
     """The host's arguments with their defaults, read from its file: importing it would load torch."""
+    defaults: dict[str, Any] = yaml.safe_load((_host_folder() / "cfg" / "default.yaml").read_text(encoding="utf-8"))
+    return defaults
+
+
+def _host_folder() -> Path:
     package = importlib.util.find_spec("ultralytics")
     assert package is not None and package.origin is not None
-    text = (Path(package.origin).parent / "cfg" / "default.yaml").read_text(encoding="utf-8")
-    defaults: dict[str, Any] = yaml.safe_load(text)
-    return defaults
+    return Path(package.origin).parent
 
 
 # Trials --------------------------------------------------------------------------------------------------------------
@@ -278,6 +281,8 @@ def plan(spec: Spec, out: str | Path) -> list[Trial]:
         # In the host this rate is absolute: left at 0.1, biases would start 100 times hotter than the rest at
         # lr0=0.001, and the sweep would vary two things.
         arguments.setdefault("warmup_bias_lr", float(f"{min(0.1, 10 * lr0):.12g}"))
+        # A sweep measures what a policy does by itself: a run that has diverged is ended there, and not rescued.
+        arguments.setdefault("guard.divergence", "stop")
         identity = {"task": spec.task, "arguments": arguments, "seed": seed}
         # A letter first: on a command line `name=312977198333`, or `1e5...`, would be read as a number.
         trial_id = "t" + hashlib.sha256(_canonical(identity).encode()).hexdigest()[:11]
@@ -297,35 +302,8 @@ def plan(spec: Spec, out: str | Path) -> list[Trial]:
 def trial_command(task: str, arguments: Mapping[str, Any], folder: Path) -> list[str]:
     """What trains one trial into this folder."""
     place = {"project": str(folder.parent.absolute()), "name": folder.name, "exist_ok": True}
-    given = [f"{key}={_flow(value)}" for key, value in {**arguments, **place}.items()]
+    given = [f"{key}={flow(value)}" for key, value in {**arguments, **place}.items()]
     return [sys.executable, "-m", "yolo_gradstab", task, "train", *given]
-
-
-def read_trial(folder: Path) -> Trial | None:
-    """What the sweep wrote beside a trial's run; nothing for a run of its own.
-
-    Raises:
-        RunError: The file is damaged.
-    """
-    path = folder / "trial.json"
-    if not path.is_file():
-        return None
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Trial)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: {error}") from None
-
-
-def final_metric(run: Run) -> float | None:
-    """mAP50-95 after the last epoch; that of the best epoch would hide a collapse.
-
-    Taken from `results.csv`, or from the status where there is none.
-    """
-    for name in METRICS:
-        if name in run.results.columns and run.results.height:
-            value = run.results[name].cast(pl.Float64, strict=False)[-1]
-            return value if value is not None and math.isfinite(value) else None
-    return next((run.status.metrics[name] for name in METRICS if name in run.status.metrics), None)
 
 
 def _points(spec: Spec) -> list[dict[str, Any]]:
@@ -356,12 +334,6 @@ def _canonical(value: Any) -> str:
     return msgspec.json.encode(same(value), order="deterministic").decode()
 
 
-def _flow(value: Any) -> str:
-    """A value in YAML's one-line style, as our command line reads it."""
-    text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
-    return text.removesuffix("...\n").strip()
-
-
 # Running -------------------------------------------------------------------------------------------------------------
 
 
@@ -369,61 +341,46 @@ def run_sweep(
     spec: str | Path | Mapping[str, Any] | Spec,
     out: str | Path | None = None,
     say: Callable[[str], None] = log.info,
+    *,
+    watch: Callable[[list[TrialState]], None] | None = None,
+    retry: str | None = None,
 ) -> Path:
     """Run what a sweep has not run yet, and return its folder.
 
     A trial that fails does not stop the others. Ctrl-C and SIGTERM end the running trials, whose records are kept; the
-    same call continues. Trials that completed, diverged or were stopped by their guard are not run again.
+    same call continues, also after the sweep itself was killed. Trials that ended are not run again.
 
     Args:
         spec: A YAML file, its content, or what `read_spec` gave.
-        out: The sweep's folder; ``runs/sweeps/<name of the file>`` by default.
+        out: The sweep's folder; ``runs/sweeps/<name of the file>`` by default. With ``executor: ray`` on storage that
+            every machine sees.
         say: Takes lines of progress.
+        watch: Takes the states of all trials, about once a second, for a live display.
+        retry: ``failed`` to run trials again that failed.
 
     Raises:
         SweepError: The sweep is refused; nothing has been started.
         ConfigError: A key of ours is wrong, in some combination.
     """
+    if retry not in (None, "failed"):
+        raise SweepError(f"retry must be failed, got {retry!r}")
     checked = read_spec(spec)
+    check_files(checked)
     folder = Path(out) if out is not None else Path("runs", "sweeps", checked.name)
-    return run_trials(checked, plan(checked, folder), folder, say)
-
-
-def run_trials(spec: Spec, trials: list[Trial], folder: Path, say: Callable[[str], None]) -> Path:
-    """Run planned trials, whatever their commands are."""
-    _make_folder(spec, folder)
-    pending = [trial for trial in trials if _outcome(folder / "trials" / trial.id) not in DONE]
-    done = len(trials) - len(pending)
-    say(f"{len(trials)} trials in {folder}, {done} of them already done; {min(spec.jobs, len(trials))} at a time")
-    failed: list[Trial] = []
-    children = _Children()
-    environment = _environment(spec.jobs)
-    with terminable(), ThreadPoolExecutor(spec.jobs) as pool:
-        futures = {pool.submit(_run_trial, trial, folder, children, environment): trial for trial in pending}
-        try:
-            for number, future in enumerate(_as_completed(futures), done + 1):
-                trial = futures[future]
-                _report_trial(future, trial, folder / "trials" / trial.id, f"trial {number}/{len(trials)}", say, failed)
-                if number == done + 1 and len(pending) > 1:
-                    rest_s = future.result() * math.ceil((len(pending) - 1) / spec.jobs)
-                    say(f"about {_duration(rest_s)} for the other {len(pending) - 1}, each as long as the first")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            children.stop()
-            raise
-    if failed:
-        logs = ", ".join(str(folder / "trials" / f"{trial.id}.log") for trial in failed[:3])
-        more = f" and {len(failed) - 3} more" if len(failed) > 3 else ""
-        say(f"{len(failed)} of {len(trials)} trials failed; see {logs}{more}. Start the sweep again to repeat them")
+    trials = plan(checked, folder)
+    _make_folder(checked, folder)
+    run_trials(
+        trials,
+        folder,
+        say,
+        jobs=checked.jobs,
+        executor=checked.executor,
+        time_limit_s=checked.time_limit_s,
+        own_device="device" in checked.train or "device" in checked.grid,
+        watch=watch,
+        retry=retry == "failed",
+    )
     return folder
-
-
-def _as_completed(futures: Iterable[Future[float]]) -> Iterator[Future[float]]:
-    """Each as it ends, waiting in short pieces: a signal may wake another thread, and Python acts on it in this one."""
-    waiting = set(futures)
-    while waiting:
-        ended, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-        yield from ended
 
 
 def _make_folder(spec: Spec, folder: Path) -> None:
@@ -433,103 +390,3 @@ def _make_folder(spec: Spec, folder: Path) -> None:
         raise SweepError(f"out={folder}: cannot be made ({error.strerror}); name another folder") from None
     with replacing(folder / "sweep.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(msgspec.to_builtins(spec), sort_keys=False), encoding="utf-8")
-
-
-def _run_trial(trial: Trial, folder: Path, children: _Children, environment: dict[str, str]) -> float:
-    """Run one trial to its end; returns the seconds it took."""
-    started_s = time.monotonic()
-    path = folder / "trials" / trial.id
-    path.mkdir(exist_ok=True)
-    if (path / "gradstab").exists():  # of an attempt that did not end: its records would be mixed with the new ones
-        shutil.rmtree(path / "gradstab")
-    with replacing(path / "trial.json") as temporary:
-        temporary.write_bytes(msgspec.json.format(msgspec.json.encode(trial), indent=2))
-    with (folder / "trials" / f"{trial.id}.log").open("wb") as output:
-        children.run(trial.command, output, environment)
-    return time.monotonic() - started_s
-
-
-class _Children:
-    """The trials' processes, which end together when the sweep is interrupted."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._stopping = False
-
-    def run(self, command: list[str], output: Any, environment: dict[str, str]) -> None:
-        """Start a process and wait for its end; does nothing once the sweep is being stopped."""
-        with self._lock:
-            if self._stopping:
-                return
-            # In a session of its own, Ctrl-C in the terminal reaches it once, from us.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
-            self._running.add(process)
-        process.wait()
-        with self._lock:
-            self._running.discard(process)
-
-    def stop(self) -> None:
-        """Interrupt all of them, and kill those that have not ended within the grace period."""
-        with self._lock:
-            self._stopping = True
-            running = list(self._running)
-        deadline_s = time.monotonic() + STOP_GRACE_S
-        for process in running:
-            process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
-        try:
-            for process in running:
-                process.wait(max(0.0, deadline_s - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            log.warning("trials that did not end within %.0f s of the interruption are killed", STOP_GRACE_S)
-        finally:
-            for process in running:
-                if process.poll() is None:
-                    process.kill()
-
-
-def _environment(jobs: int) -> dict[str, str]:
-    """Ours, with the processor's threads shared among the trials that run at once."""
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
-    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **os.environ}
-
-
-def _outcome(path: Path) -> Outcome | None:
-    try:
-        return read_run(path).status.outcome
-    except RunError:
-        return None
-
-
-def _report_trial(
-    future: Future[float], trial: Trial, path: Path, heading: str, say: Callable[[str], None], failed: list[Trial]
-) -> None:
-    seconds = future.result()
-    outcome = _outcome(path)
-    point = {"lr0": trial.lr0} | trial.point
-    what = " ".join(f"{key}={_flow(value)}" for key, value in point.items())
-    if outcome not in DONE:
-        failed.append(trial)
-        reason = f"failed ({_last_line(path.with_name(f'{trial.id}.log'))})"
-    else:
-        metric = final_metric(read_run(path))
-        reason = f"{outcome}, " + ("no metric" if metric is None else f"mAP50-95 {metric:.3g}")
-    say(f"{heading} {what} seed={trial.seed}: {reason}, {_duration(seconds)}")
-
-
-def _last_line(path: Path) -> str:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    return lines[-1][-200:] if lines else "it left no output"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

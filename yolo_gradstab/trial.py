@@ -1,0 +1,307 @@
+"""One trial of a sweep: what it is, how it is run in a process of its own, and how it ended.
+
+A lock beside the trial's folder is held by the sweep and by the trial's process, whichever lives longer: a sweep that
+is killed leaves processes behind, and the next one waits for them instead of starting the same trial twice. (Without
+`fcntl`, on Windows, there is no lock.)
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import polars as pl
+import yaml
+
+from yolo_gradstab.runs import Outcome, RunError, RunFolder, Status, replacing
+from yolo_gradstab.telemetry import Run, read_run
+
+fcntl: Any  # mypy knows the platform it runs on, not the others
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+__all__ = [
+    "ENDED",
+    "METRICS",
+    "SweepError",
+    "Trial",
+    "TrialProcess",
+    "final_metric",
+    "flow",
+    "locked",
+    "outcome_of",
+    "read_trial",
+    "run_trial",
+]
+
+# The host's names of mAP50-95; a pose run has both, and is judged by its key points.
+METRICS = ("metrics/mAP50-95(P)", "metrics/mAP50-95(B)")
+
+# A trial that ended so is not run again; a failed one only when asked.
+ENDED: tuple[Outcome, ...] = ("completed", "diverged", "stopped", "failed")
+
+STOP_GRACE_S = 20.0  # for an interrupted trial to write its records, before it is killed
+POLL_S = 0.2
+
+
+class SweepError(ValueError):
+    """A sweep the user must change; the message is one line and names the file or the key."""
+
+
+class Trial(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of a sweep; saved as `trial.json` before it starts.
+
+    Attributes:
+        id: Hash of the canonical configuration; the name of its folder.
+        arm: Its place in the grid, without the learning rate.
+        lr0: Its nominal learning rate.
+        seed: Its seed.
+        point: Its place in the grid.
+        command: What is executed.
+    """
+
+    id: str
+    arm: dict[str, Any]
+    lr0: float
+    seed: int
+    point: dict[str, Any]
+    command: list[str]
+
+    @property
+    def label(self) -> str:
+        """Its place in the grid and its seed, as on a command line."""
+        point = {"lr0": self.lr0} | self.point
+        return " ".join(f"{key}={flow(value)}" for key, value in point.items()) + f" seed={self.seed}"
+
+
+def flow(value: Any) -> str:
+    """A value in YAML's one-line style, as our command line reads it."""
+    text: str = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("...\n").strip()
+
+
+# What is recorded ----------------------------------------------------------------------------------------------------
+
+
+def read_trial(folder: Path) -> Trial | None:
+    """What the sweep wrote beside a trial's run; nothing for a run of its own.
+
+    Raises:
+        RunError: The file is damaged.
+    """
+    path = folder / "trial.json"
+    if not path.is_file():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Trial)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: {error}") from None
+
+
+def final_metric(run: Run) -> float | None:
+    """mAP50-95 after the last epoch; that of the best epoch would hide a collapse.
+
+    Taken from `results.csv`, or from the status where there is none.
+    """
+    for name in METRICS:
+        if name in run.results.columns and run.results.height:
+            value = run.results[name].cast(pl.Float64, strict=False)[-1]
+            return value if value is not None and math.isfinite(value) else None
+    return next((run.status.metrics[name] for name in METRICS if name in run.status.metrics), None)
+
+
+def outcome_of(path: Path) -> Outcome | None:
+    """How the run in a folder stands; nothing where there is none, or none that can be read."""
+    try:
+        return read_run(path).status.outcome
+    except RunError:
+        return None
+
+
+# Running -------------------------------------------------------------------------------------------------------------
+
+
+class TrialProcess:
+    """The process of a trial, which another thread may end."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.stopping = False
+
+    def run(self, command: list[str], output: Any, environment: Mapping[str, str], **options: Any) -> int | None:
+        """Start it and return its exit status, or nothing where it was not let come to its own end."""
+        time_limit_s, held = options.pop("time_limit_s"), options.pop("held")
+        with self._lock:
+            if self.stopping:
+                return None
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                # In a session of its own, Ctrl-C in the terminal reaches it once, from us.
+                start_new_session=True,
+                pass_fds=() if held is None else (held,),
+                **options,
+            )
+        try:
+            status = self._process.wait(time_limit_s)
+        except subprocess.TimeoutExpired:
+            self.stop()
+        return None if self.stopping else status
+
+    def stop(self) -> None:
+        """Interrupt it, and kill it if it has not ended within the grace period; nothing is started afterwards."""
+        with self._lock:
+            self.stopping = True
+            process = self._process
+        if process is None or process.poll() is not None:
+            return
+        process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+        try:
+            process.wait(STOP_GRACE_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def run_trial(
+    trial: Trial,
+    folder: Path,
+    environment: Mapping[str, str],
+    *,
+    time_limit_s: float | None = None,
+    again: tuple[Outcome, ...] = (),
+    process: TrialProcess | None = None,
+    cwd: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> float:
+    """Run one trial to its end and leave a true status; returns the seconds it took.
+
+    Args:
+        trial: What to run.
+        folder: Of the sweep.
+        environment: Of the process.
+        time_limit_s: After which it is ended, and counts as failed.
+        again: Outcomes of an earlier attempt after which it is run again.
+        process: Handle by which another thread may end it.
+        cwd: Its working directory; ours by default.
+        say: Takes a line where a process left by a killed sweep is waited for.
+    """
+    process = process or TrialProcess()
+    started_s = time.monotonic()
+    path = folder / "trials" / trial.id
+    path.mkdir(exist_ok=True)
+
+    said = False
+
+    def waiting() -> bool:
+        nonlocal said
+        if not said:
+            say(f"{trial.label}: still running, left by a sweep that was killed; waiting for it")
+        said = True
+        return not process.stopping
+
+    with locked(folder / "trials" / f"{trial.id}.lock", waiting) as held:
+        outcome = outcome_of(path)
+        if process.stopping or (outcome in ENDED and outcome not in again):
+            return time.monotonic() - started_s
+        if (path / "gradstab").exists():  # of an attempt that did not end: its records would be mixed with new ones
+            shutil.rmtree(path / "gradstab")
+        (path / "results.csv").unlink(missing_ok=True)  # to which the host would append
+        with replacing(path / "trial.json") as temporary:
+            temporary.write_bytes(msgspec.json.format(msgspec.json.encode(trial), indent=2))
+        log = folder / "trials" / f"{trial.id}.log"
+        with log.open("wb") as output:
+            status = process.run(trial.command, output, environment, time_limit_s=time_limit_s, held=held, cwd=cwd)
+        limit_s = (
+            time_limit_s if status is None and time.monotonic() - started_s >= (time_limit_s or math.inf) else None
+        )
+        _settle(path, status, limit_s, log)
+    return time.monotonic() - started_s
+
+
+def _settle(path: Path, status: int | None, limit_s: float | None, log: Path) -> None:
+    """Correct a status that the process could not, or that the sweep knows better."""
+    run = RunFolder(path)
+    try:
+        recorded = run.read_status()
+    except RunError:
+        recorded = Status()
+    if limit_s is not None and recorded.outcome in {"running", "interrupted", "failed"}:
+        recorded.outcome, recorded.reason = "failed", f"not done after time_limit_s={limit_s:g}"
+    elif recorded.outcome != "running":
+        return
+    elif status is None:
+        recorded.outcome, recorded.reason = "interrupted", "killed after the sweep was interrupted"
+    else:
+        how = f"exit status {status}" if status >= 0 else f"signal {_signal_name(-status)}"
+        recorded.outcome, recorded.reason = "failed", f"ended by {how}; its log ends: {_last_line(log)}"
+    if not run.gradstab.is_dir():
+        run.create({})
+    run.write_status(recorded)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return str(number)
+
+
+def _last_line(path: Path) -> str:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return lines[-1][-200:] if lines else "it left no output"
+
+
+# Locks ---------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(path: Path, wait: Callable[[], bool] | Literal[False] = False) -> Iterator[int | None]:
+    """Hold a lock on a file; gives a descriptor that a child may inherit, and with it the lock.
+
+    Args:
+        path: Made where it is missing; left behind.
+        wait: Asked, while another process holds it, whether to go on waiting; without it there is none.
+
+    Raises:
+        BlockingIOError: It is held, and there is no waiting.
+    """
+    if fcntl is None:
+        yield None
+        return
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take(held, wait)
+        yield held
+    finally:
+        os.close(held)  # of several holders the last one to close it releases the lock
+
+
+def _take(held: int, wait: Callable[[], bool] | Literal[False]) -> None:
+    while True:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            if not wait():
+                return
+            time.sleep(POLL_S)
+        else:
+            return
