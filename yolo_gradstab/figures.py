@@ -9,23 +9,53 @@ import json
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import altair as alt
 import polars as pl
 
-__all__ = ["embedded", "javascript_bundle", "lr_range", "metric_against_lr", "save", "thin", "trajectories"]
+__all__ = [
+    "embedded",
+    "javascript_bundle",
+    "layer_norms",
+    "lr_range",
+    "metric_against_lr",
+    "metric_heatmap",
+    "save",
+    "survival",
+    "thin",
+    "trajectories",
+]
 
 # Okabe and Ito's colours, distinct for all kinds of colour vision; their yellow is too pale for lines on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "triangle-right", "triangle-left")
+SHAPES = ("circle", "square", "diamond", "cross", "triangle-right", "triangle-left", "circle")  # not those of `MARKS`
+
+
+class Mark(NamedTuple):
+    """How a kind of divergence is drawn, and named where shapes cannot be."""
+
+    path: str
+    filled: bool
+    sign: str
+    words: str
+
+
+MARKS = {
+    "collapse": Mark("triangle-down", True, "▼", "silent collapse"),
+    "blowup": Mark("triangle-up", True, "▲", "blow-up"),
+    "nonfinite": Mark("M-1,-1L1,1M-1,1L1,-1", False, "×", "not finite"),
+}
+MOST_TICKS = 12  # of learning rates
+MOST_ARMS = 7  # lines that can be told apart
 
 WIDTH_PX = 620  # of the plot against learning rate; labels stand to its right
 COLUMNS_PX = 760  # of all columns of the trajectories
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
-INK, QUIET, GRID = "#1f2328", "#59636e", "#e6e8eb"
+INK, QUIET, GRID, LOST = "#1f2328", "#59636e", "#e6e8eb", "#b3261e"
 
 MOST_COLUMNS = 5  # learning rates beside each other in `trajectories`
+LAYER_COLUMNS = 120  # of a heat map of stages over steps
 LINE_POINTS = 400  # most points of one line: about two per pixel of a column
 FIGURE_POINTS = 60_000  # of all lines together, 45 bytes each: a page of them stays under 5 MB
 
@@ -36,30 +66,35 @@ _PLAIN = "(datum.value >= 1e5 || datum.value < 1e-4) ? format(datum.value, '.0e'
 # Final metric against learning rate ----------------------------------------------------------------------------------
 
 
-def metric_against_lr(trials: pl.DataFrame, metric: str = "mAP50-95") -> alt.LayerChart:
+def metric_against_lr(
+    trials: pl.DataFrame, metric: str = "mAP50-95", *, rate: str = "learning rate lr0"
+) -> alt.LayerChart:
     """Final metric against nominal learning rate: a point per trial, a line through each arm's medians.
 
-    A lost trial is a cross in its arm's row under the axis, and counts as 0 in the median.
+    A trial that diverged is a mark in its arm's row under the axis, one shape for each kind of divergence, and counts
+    as 0 in the median. A trial that did not learn is a hollow point.
 
     Args:
-        trials: Columns `arm`, `lr0`, `seed`, `metric` (null where there is none) and `lost`. Arms are coloured in the
-            order of their first row.
+        trials: Columns `arm`, `lr0`, `seed`, `metric` (null where there is none) and `verdict`. Arms are coloured in
+            the order of their first row; of more than seven the first and the six with the best metric are shown.
         metric: What the metric is called.
+        rate: What `lr0` holds, where that is another rate.
     """
-    arms = trials["arm"].unique(maintain_order=True).to_list()
-    table = _dodged(trials.select("arm", "lr0", "seed", "metric", "lost"), arms)
+    arms, left_out = _most_arms(trials)
+    table = trials.select("arm", "lr0", "seed", "metric", "verdict").filter(pl.col("arm").is_in(arms))
+    table = _dodged(table.with_columns(lost=pl.col("verdict").is_in(list(MARKS))), arms)
     kept = table.filter(~pl.col("lost"), pl.col("metric").is_not_null())
     lost = table.filter("lost")
     top = _nice_top(max(kept["metric"].to_list(), default=0.0))
     rows = arms if len(lost) else []
     height_px, row_px = 300, 17
-    row = top * row_px / height_px  # of the axis, per row of crosses
+    row = top * row_px / height_px  # of the axis, per row of marks
     bottom = -(len(rows) + 0.6) * row if rows else 0.0
     lost = lost.with_columns(y=pl.col("arm").replace_strict(_row_heights(rows, row), return_dtype=pl.Float64))
 
     color = alt.Color("arm:N", scale=alt.Scale(domain=arms, range=_cycled(COLORS, len(arms))), legend=None)
     shape = alt.Shape("arm:N", scale=alt.Scale(domain=arms, range=_cycled(SHAPES, len(arms))), legend=None)
-    x = alt.X("at:Q", scale=_rate_scale(trials["lr0"]), title="learning rate lr0", axis=_rate_axis(trials["lr0"]))
+    x = alt.X("at:Q", scale=_rate_scale(table["lr0"]), title=rate, axis=_rate_axis(trials["lr0"]))
     y_axis = alt.Axis(values=_ticks(top), format="~g", titleY=height_px / 2, domain=False)
     y_scale = alt.Scale(domain=[bottom, top], nice=False)
     y = alt.Y("metric:Q", scale=y_scale, title=f"final {metric}", axis=y_axis)
@@ -67,31 +102,56 @@ def metric_against_lr(trials: pl.DataFrame, metric: str = "mAP50-95") -> alt.Lay
         alt.Tooltip("arm:N"),
         alt.Tooltip("lr0:Q", format="~g"),
         alt.Tooltip("seed:O"),
+        alt.Tooltip("verdict:N"),
         alt.Tooltip("metric:Q", format=".3f", title=metric),
     ]
 
     medians = _medians(table)
     line = alt.Chart(_values(medians)).mark_line(strokeWidth=2.2).encode(x=x, y=y, color=color)
-    points = alt.Chart(_values(kept)).mark_point(filled=True, size=46, opacity=0.6)
-    points = points.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip)
+    layers: list[alt.Chart] = [line]
+    for is_stalled in (False, True):
+        points = kept.filter((pl.col("verdict") == "stalled") == is_stalled)
+        if len(points) or not is_stalled:
+            mark = alt.Chart(_values(points)).mark_point(
+                filled=not is_stalled, size=46, opacity=0.9 if is_stalled else 0.6
+            )
+            layers.append(mark.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip))
     labels = _end_labels(medians, gap=top * 15 / height_px).mark_text(align="left", dx=8, fontSize=12.5)
-    layers: list[alt.Chart] = [line, points, labels.encode(x=alt.value(WIDTH_PX), y=y, color=color, text="arm:N")]
+    layers.append(labels.encode(x=alt.value(WIDTH_PX), y=y, color=color, text="arm:N"))
+    kinds = [kind for kind in MARKS if kind in lost["verdict"].to_list()]
     if rows:
         zero = alt.Chart(_values(pl.DataFrame({"metric": [0.0]}))).mark_rule(color=QUIET).encode(y=y)
-        cross = alt.Chart(_values(lost)).mark_point(
-            shape="M-1,-1L1,1M-1,1L1,-1", filled=False, size=52, strokeWidth=2.4, opacity=1
-        )
-        cross = cross.encode(x=x, y=alt.Y("y:Q", scale=y_scale), color=color, tooltip=[*tooltip[:3]])
-        layers = [zero, *layers, cross, _lost_heading(bottom, y_scale)]
-    note = "Points are seeds, lines their medians"
-    note += "; a cross is a lost run, which counts as 0 in the median." if rows else "; no run was lost."
+        layers = [zero, *layers, _lost_heading(bottom, y_scale)]
+        for kind in kinds:
+            mark = alt.Chart(_values(lost.filter(pl.col("verdict") == kind))).mark_point(
+                shape=MARKS[kind].path, filled=MARKS[kind].filled, size=58, strokeWidth=2.2, opacity=1
+            )
+            layers.append(mark.encode(x=x, y=alt.Y("y:Q", scale=y_scale), color=color, tooltip=tooltip[:4]))
+    note = ["Points are seeds, lines their medians" + ("" if rows else "; no run diverged") + "."]
+    if rows:
+        names = ", ".join(f"{MARKS[kind].sign} {MARKS[kind].words}" for kind in kinds)
+        note = ["Points are seeds, lines their medians. Under the axis: runs that diverged, which count as 0.", names]
+    if (kept["verdict"] == "stalled").any():
+        note.append("Hollow points: runs that did not learn, and did not diverge.")
+    if left_out:
+        note.append(f"{left_out} further arms are not drawn here; the table has them.")
     chart = alt.layer(*layers).properties(
         width=WIDTH_PX,
         height=height_px + int(row_px * (len(rows) + 0.6) if rows else 0),
-        title=alt.Title(f"Final {metric} against learning rate", subtitle=note),
+        title=alt.Title(f"Final {metric} against {rate.removesuffix(' lr0')}", subtitle=note),
     )
     styled: alt.LayerChart = _styled(chart)
     return styled
+
+
+def _most_arms(trials: pl.DataFrame) -> tuple[list[str], int]:
+    """Arms to draw, in their order, and how many are left out."""
+    arms: list[str] = trials["arm"].unique(maintain_order=True).to_list()
+    if len(arms) <= MOST_ARMS:
+        return arms, 0
+    by_quality = trials.group_by("arm").agg(pl.col("metric").max().fill_null(0.0)).sort("metric", descending=True)
+    chosen = {arms[0], *[arm for arm in by_quality["arm"].to_list() if arm != arms[0]][: MOST_ARMS - 1]}
+    return [arm for arm in arms if arm in chosen], len(arms) - MOST_ARMS
 
 
 def _dodged(trials: pl.DataFrame, arms: list[str]) -> pl.DataFrame:
@@ -160,6 +220,8 @@ def _rate_scale(rates: pl.Series) -> alt.Scale:
 
 def _rate_axis(rates: pl.Series) -> alt.Axis:
     values = rates.unique().sort().to_list()
+    if len(values) > MOST_TICKS or any(f"{value:.1g}" != f"{value:.3g}" for value in values):  # not a grid's
+        values = [mantissa * 10.0**exponent for exponent in range(-9, 3) for mantissa in (1, 3)]
     return alt.Axis(values=values, labelExpr=_PLAIN, grid=True, labelOverlap=True)
 
 
@@ -200,11 +262,12 @@ def trajectories(steps: pl.DataFrame, *, most_points: int = FIGURE_POINTS) -> al
     scale = alt.Scale(domain=[0, 100])
     panels.append((_clip_share(shown), alt.Y("value:Q", scale=scale, title="clipped steps (%)")))
     charts = [
-        _panel(thin(table, points), y, arms, rates, is_first=i == 0, is_last=i == len(panels) - 1)
+        _panel(_ended(thin(table, points), shown), y, arms, rates, is_first=i == 0, is_last=i == len(panels) - 1)
         for i, (table, y) in enumerate(panels)
     ]
     note = [
-        "A line per run, thinned so that extremes stay. The norm is the one before clipping, the share a rolling one.",
+        "A line per run, thinned so that extremes stay; × where one that diverged ended.",
+        "Norms are those before clipping, the share is a rolling one.",
     ]
     if missing := [f"{count} of the {name}" for name, count in dropped.items() if count]:
         note.append(f"Left out, being zero or not finite and so without a place on a log axis: {', '.join(missing)}.")
@@ -213,6 +276,13 @@ def trajectories(steps: pl.DataFrame, *, most_points: int = FIGURE_POINTS) -> al
     heading = alt.Title("Loss, gradient norm and clipping over optimizer steps", subtitle=note)
     styled: alt.VConcatChart = _styled(alt.vconcat(*charts, spacing=14).properties(title=heading))
     return styled
+
+
+def _ended(table: pl.DataFrame, steps: pl.DataFrame) -> pl.DataFrame:
+    """`end` is 1 at the last point of a run that was lost."""
+    lost = steps.filter("lost")["trial"].unique().to_list()
+    is_last = pl.col("step") == pl.col("step").max().over("trial")
+    return table.with_columns(end=(is_last & pl.col("trial").is_in(lost)).cast(pl.Int64))
 
 
 def thin(table: pl.DataFrame, points: int) -> pl.DataFrame:
@@ -264,11 +334,153 @@ def _panel(
         title=None, labels=is_first, labelExpr="'lr0 ' + (" + _PLAIN + ")", labelFontSize=12.5, labelFontWeight="bold"
     )
     width = (COLUMNS_PX - 14 * (len(rates) - 1)) / len(rates)
-    lines = alt.Chart(_values(table)).mark_line(strokeWidth=1.1, opacity=0.65)
-    lines = lines.encode(x=alt.X("step:Q", axis=axis), y=y, color=color, detail="trial:N")
+    base = alt.Chart().encode(x=alt.X("step:Q", axis=axis), y=y, color=color)
+    ends = base.transform_filter("datum.end == 1").mark_point(shape=MARKS["nonfinite"].path, size=36, strokeWidth=1.8)
+    lines = alt.layer(base.mark_line(strokeWidth=1.1, opacity=0.65).encode(detail="trial:N"), ends, data=_values(table))
     column = alt.Column("lr0:O", header=header, sort="ascending")
     panel: alt.FacetChart = lines.properties(width=width, height=150).facet(column=column, spacing=14)
     return panel
+
+
+# Grids, survival, layers ----------------------------------------------------------------------------------------------
+
+
+def metric_heatmap(trials: pl.DataFrame, metric: str = "mAP50-95") -> alt.LayerChart:
+    """Median final metric of every arm at every learning rate, with what was lost there.
+
+    Args:
+        trials: As for `metric_against_lr`.
+        metric: What the metric is called.
+    """
+    arms = trials["arm"].unique(maintain_order=True).to_list()
+    is_lost = pl.col("verdict").is_in(list(MARKS))
+    cells = (
+        trials.with_columns(score=pl.when(is_lost).then(0.0).otherwise(pl.col("metric")))
+        .group_by("arm", "lr0", maintain_order=True)
+        .agg(
+            pl.col("score").median(),
+            lost=is_lost.sum(),
+            runs=pl.len(),
+            kind=pl.col("verdict").filter(is_lost).mode().sort().first(),
+        )
+    )
+    text = pl.format("{}", pl.col("score").round(3).cast(pl.String).str.pad_end(5, "0").str.slice(0, 5))
+    signs = pl.col("kind").replace_strict({kind: mark.sign for kind, mark in MARKS.items()}, default=None)
+    some = pl.format("{} {} {}/{}", text, signs, pl.col("lost"), pl.col("runs"))
+    every = pl.format("{} {}", signs, pl.col("kind"))
+    words = pl.when(pl.col("lost") == 0).then(text).when(pl.col("lost") == pl.col("runs")).then(every).otherwise(some)
+    highest = max(cells["score"].drop_nulls().to_list(), default=0.0) or 1.0
+    ink = pl.when(pl.col("lost") > 0).then(pl.lit(LOST)).otherwise(pl.lit(INK))
+    ink = pl.when(pl.col("score") > 0.55 * highest).then(pl.lit("white")).otherwise(ink)
+    cells = cells.with_columns(words=words.fill_null("no metric"), ink=ink)
+    x = alt.X(
+        "lr0:O",
+        title="learning rate lr0",
+        sort="ascending",
+        axis=alt.Axis(labelExpr=_PLAIN, labelAngle=0, ticks=False, domain=False),
+    )
+    y = alt.Y("arm:N", title=None, sort=arms, axis=alt.Axis(labelLimit=0, ticks=False, domain=False))
+    color = alt.Color(
+        "score:Q",
+        scale=alt.Scale(scheme="blues", domain=[0, highest]),
+        legend=alt.Legend(title=f"median {metric}", format=".2f"),
+    )
+    base = alt.Chart(_values(cells))
+    tooltip = [alt.Tooltip(f"{name}:N") for name in ("arm", "lr0", "words", "lost", "runs")]
+    chart = alt.layer(
+        base.mark_rect(stroke="white", strokeWidth=2).encode(x=x, y=y, color=color, tooltip=tooltip),
+        base.mark_text(fontSize=12).encode(x=x, y=y, text="words:N", color=alt.Color("ink:N", scale=None)),
+    ).resolve_scale(color="independent")
+    signs_of = ", ".join(f"{mark.sign} {mark.words}" for kind, mark in MARKS.items() if kind in cells["kind"].to_list())
+    note = "Median over seeds, a run that diverged counting as 0."
+    note += f" {signs_of}; k/n where only some did." if signs_of else " No run diverged."
+    width = max(360, min(WIDTH_PX, 96 * cells["lr0"].n_unique()))
+    title = alt.Title(f"Final {metric} by arm and learning rate", subtitle=note)
+    styled: alt.LayerChart = _styled(chart.properties(width=width, height=30 * len(arms), title=title))
+    return styled
+
+
+def survival(curves: pl.DataFrame) -> alt.LayerChart:
+    """Share of runs that have not diverged, over optimizer steps.
+
+    Args:
+        curves: The corners of each arm's step function: `arm`, `step`, `share`.
+    """
+    arms = curves["arm"].unique(maintain_order=True).to_list()
+    pixel = 1.0 / 220  # of the share: curves that lie on each other are moved apart by a little
+    shift = pl.col("arm").replace_strict({arm: -3.0 * i * pixel for i, arm in enumerate(arms)}, return_dtype=pl.Float64)
+    table = curves.with_columns(percent=(pl.col("share") + shift) * 100)
+    color = alt.Color("arm:N", scale=alt.Scale(domain=arms, range=_cycled(COLORS, len(arms))), legend=None)
+    x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(nice=False), axis=alt.Axis(format="~s", tickCount=8))
+    low = -3.0 * len(arms) * pixel * 100
+    y = alt.Y(
+        "percent:Q",
+        title="runs not diverged (%)",
+        scale=alt.Scale(domain=[low, 103], nice=False),
+        axis=alt.Axis(values=[0, 25, 50, 75, 100]),
+    )
+    lines = alt.Chart(_values(table)).mark_line(interpolate="step-after", strokeWidth=2.2).encode(x=x, y=y, color=color)
+    ends = table.group_by("arm", maintain_order=True).last().sort("percent")
+    ends = ends.with_columns(pl.Series("percent", _spread(ends["percent"].to_list(), 7.5)))
+    text = alt.Chart(_values(ends)).mark_text(align="left", dx=8, fontSize=12.5)
+    text = text.encode(x=alt.value(WIDTH_PX), y=y, color=color, text="arm:N")
+    note = "Over all learning rates of an arm; each step down is a run that diverged."
+    title = alt.Title("Runs that live on", subtitle=note)
+    styled: alt.LayerChart = _styled(alt.layer(lines, text).properties(width=WIDTH_PX, height=220, title=title))
+    return styled
+
+
+def layer_norms(runs: list[tuple[str, pl.DataFrame]]) -> alt.VConcatChart:
+    """Gradient norm of every stage over steps, as a heat map per run.
+
+    Args:
+        runs: A title, and layer records: `step`, `layer`, `grad_norm`. Steps are put into at most 120 columns, of which
+            each shows its largest norm.
+    """
+    charts = []
+    for name, layers in runs:
+        order = sorted(layers["layer"].unique().to_list(), key=_stage)
+        last = layers["step"].max()
+        width = max(1, math.ceil((float(last) + 1) / LAYER_COLUMNS)) if isinstance(last, int) else 1
+        width = max(width, _spacing(layers["step"]))
+        cells = (
+            layers.filter(pl.col("grad_norm").is_finite() & (pl.col("grad_norm") > 0))
+            .group_by(step=pl.col("step") // width * width, layer="layer")
+            .agg(pl.col("grad_norm").max())
+            .with_columns(end=pl.col("step") + width, log=pl.col("grad_norm").log10())
+            .sort("step", "layer")
+        )
+        axis = alt.Axis(format="~s", tickCount=8, grid=False)
+        chart = alt.Chart(_values(cells)).mark_rect()
+        chart = chart.encode(
+            x=alt.X("step:Q", title="optimizer step", axis=axis, scale=alt.Scale(nice=False, zero=False)),
+            x2="end:Q",
+            y=alt.Y("layer:N", title=None, sort=order, axis=alt.Axis(ticks=False, labelFontSize=10)),
+            color=alt.Color(
+                "log:Q",
+                scale=alt.Scale(scheme="viridis"),
+                legend=alt.Legend(title="norm", labelExpr="format(pow(10, datum.value), '.1e')"),
+            ),
+            tooltip=[alt.Tooltip("layer:N"), alt.Tooltip("step:Q"), alt.Tooltip("grad_norm:Q", format=".3g")],
+        )
+        heading = alt.Title(name, fontSize=13, anchor="start", offset=6)
+        charts.append(chart.properties(width=WIDTH_PX, height=11 * len(order), title=heading))
+    note = "Before clipping; from the input (above) to the head. White: exactly 0, or not finite."
+    title = alt.Title("Gradient norm of each stage", subtitle=note)
+    stacked = alt.vconcat(*charts, spacing=18).resolve_scale(color="shared").properties(title=title)
+    styled: alt.VConcatChart = _styled(stacked)
+    return styled
+
+
+def _stage(name: str) -> tuple[int, str]:
+    number = name.rpartition(".")[2]
+    return (int(number), name) if number.isdigit() else (10**6, name)
+
+
+def _spacing(steps: pl.Series) -> int:
+    """Steps between records."""
+    gaps = steps.unique().sort().diff().drop_nulls()
+    return int(gaps.to_list()[0]) if len(gaps) else 1
 
 
 # Learning-rate range test ---------------------------------------------------------------------------------------------

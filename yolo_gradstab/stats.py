@@ -38,6 +38,7 @@ __all__ = [
     "robust_spike_score",
     "seeds_note",
     "spike_score",
+    "survival_curve",
 ]
 
 SIGMA_FLOOR = 1e-10  # below it a window is constant and has no spikes, as in OLMo-core
@@ -324,10 +325,37 @@ def effective_lr(lr: ArrayLike, clip_coef: ArrayLike, *, lr0: float) -> float | 
 # Comparisons ---------------------------------------------------------------------------------------------------------
 
 
+def survival_curve(steps: Sequence[float], diverged: Sequence[bool], *, horizon: float) -> list[tuple[float, float]]:
+    """Share of runs that live on from a step, by Kaplan and Meier, from step 0 to the horizon: its corners.
+
+    A run that did not diverge is censored at its last step. For drawing and for `rmst`; a band around it would promise
+    what three or five runs cannot keep.
+
+    Example:
+        >>> survival_curve([20, 35, 100], [True, True, False], horizon=100)  # doctest: +ELLIPSIS
+        [(0.0, 1.0), (20.0, 0.666...), (35.0, 0.333...), (100.0, 0.333...)]
+
+    References:
+        Kaplan, Meier 1958, "Nonparametric estimation from incomplete observations".
+    """
+    if len(steps) != len(diverged) or not len(steps):
+        raise ValueError(f"steps and diverged must be of one length above 0, got {len(steps)} and {len(diverged)}")
+    if not horizon > 0:
+        raise ValueError(f"horizon must be above 0, got {horizon}")
+    times, ends = np.asarray(steps, dtype=np.float64), np.asarray(diverged, dtype=bool)
+    corners = [(0.0, 1.0)]
+    if ends.any():
+        data: Any = stats.CensoredData(uncensored=times[ends], right=times[~ends])
+        curve = stats.ecdf(data).sf
+        shares = zip(curve.quantiles, curve.probabilities, strict=True)
+        corners += [(float(step), float(share)) for step, share in shares if step < horizon]
+    return [*corners, (float(horizon), corners[-1][1])]
+
+
 def rmst(steps: Sequence[float], diverged: Sequence[bool], *, horizon: float) -> float:
     """Restricted mean survival time: how many of the first `horizon` steps a run lives, on average.
 
-    The area under Kaplan and Meier's curve. A run that did not diverge is censored at its last step.
+    The area under `survival_curve`.
 
     Example:
         >>> round(rmst([20, 35, 100], [True, True, False], horizon=100), 3)
@@ -336,17 +364,8 @@ def rmst(steps: Sequence[float], diverged: Sequence[bool], *, horizon: float) ->
     References:
         Royston, Parmar 2013, "Restricted mean survival time".
     """
-    if len(steps) != len(diverged) or not len(steps):
-        raise ValueError(f"steps and diverged must be of one length above 0, got {len(steps)} and {len(diverged)}")
-    if not horizon > 0:
-        raise ValueError(f"horizon must be above 0, got {horizon}")
-    times, ends = np.asarray(steps, dtype=np.float64), np.asarray(diverged, dtype=bool)
-    if not ends.any():
-        return float(horizon)
-    data: Any = stats.CensoredData(uncensored=times[ends], right=times[~ends])
-    curve = stats.ecdf(data).sf
-    edges = np.concatenate([[0.0], np.clip(curve.quantiles, 0, horizon), [horizon]])
-    return float(np.sum(np.diff(edges) * np.concatenate([[1.0], curve.probabilities])))
+    corners = survival_curve(steps, diverged, horizon=horizon)
+    return sum((end - start) * share for (start, share), (end, _) in itertools.pairwise(corners))
 
 
 class PairedComparison(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,612 @@
+"""Runs read from their folders, what became of each, and what arms of a comparison come to.
+
+Imports neither torch nor ultralytics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+import msgspec
+import polars as pl
+
+from yolo_gradstab import stats
+from yolo_gradstab.config import CLIP_POLICIES
+from yolo_gradstab.guard import NO_QUALITY, Finding, find_divergences
+from yolo_gradstab.runs import RunError, RunFolder
+from yolo_gradstab.stats import Estimate
+from yolo_gradstab.sweep import METRICS, Spec, Trial, final_metric, plan, read_trial
+from yolo_gradstab.telemetry import Run, read_run
+
+__all__ = ["DIVERGED", "Comparison", "Entry", "NotShown", "ReportError", "Row", "Verdict", "arm_label", "gather"]
+
+Verdict = Literal["kept", "nonfinite", "blowup", "collapse", "stalled", "failed", "stopped", "running", "interrupted"]
+DIVERGED: tuple[Verdict, ...] = ("nonfinite", "blowup", "collapse")
+UNDECIDED: tuple[Verdict, ...] = ("failed", "running", "interrupted")  # says nothing about a learning rate
+
+HOST_LR0 = 0.01  # the host's own default, for a run whose arguments are missing
+MOST_NAMED = 3  # arms in a sentence
+USABLE = 0.2  # below the best, a learning rate is still usable
+
+
+class ReportError(ValueError):
+    """There is nothing to report on; the message is one line and names the path."""
+
+
+class Row(msgspec.Struct, kw_only=True):
+    """A run in the report; the columns of `trials.csv`."""
+
+    id: str
+    arm: str
+    lr0: float
+    seed: int
+    optimizer: str
+    outcome: str
+    verdict: Verdict
+    divergence: str | None
+    divergence_step: int | None
+    metric: float | None
+    best_metric: float | None
+    val_loss: float | None
+    steps: int
+    p50_norm: float | None
+    p99_norm: float | None
+    max_total_norm: float | None
+    spike_score: float | None
+    robust_spike_score: float | None
+    largest_loss_ratio: float | None
+    clipped_share: float | None
+    lr_eff: float | None
+    seconds: float
+    note: str
+    sweep: str | None = None
+    path: str
+
+
+class Entry:
+    """A run with its records, its place in the sweep, and its row."""
+
+    def __init__(self, run: Run, trial: Trial | None) -> None:
+        self.run = run
+        self.arm = trial.arm if trial else {key: run.config.get(key) for key in ("clip", "update_clip")}
+        self.steps = run.steps
+        self.row = _row(run, trial, arm_label(run.config, self.arm))
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it counts as lost."""
+        return self.row.verdict in DIVERGED
+
+    @property
+    def counts(self) -> bool:
+        """Whether the run says something about its learning rate: one that goes on, or that failed, does not."""
+        return self.row.verdict not in UNDECIDED
+
+    @property
+    def score(self) -> float | None:
+        """The metric as it counts: that of a run that diverged is 0, whatever was measured."""
+        return 0.0 if self.diverged else self.row.metric
+
+
+# What became of a run ------------------------------------------------------------------------------------------------
+
+
+def _row(run: Run, trial: Trial | None, label: str) -> Row:
+    steps, args, status = run.steps, run.args, run.status
+    lr0 = trial.lr0 if trial else float(args.get("lr0", HOST_LR0))
+    verdict, found, note = _judge(run)
+    norms = steps["total_norm"].fill_null(math.nan).to_numpy()
+    summary, ratio = stats.norm_summary(norms), stats.loss_ratio(steps["loss"].fill_null(math.nan).to_numpy())
+    undecided = verdict in {"running", "interrupted"}
+    return Row(
+        id=trial.id if trial else run.folder.path.name,
+        arm=label,
+        lr0=lr0,
+        seed=trial.seed if trial else int(args.get("seed", 0)),
+        optimizer=str(args.get("optimizer", "unknown")),
+        outcome=status.outcome,
+        verdict=verdict,
+        divergence=found.kind if found else None,
+        divergence_step=found.step if found else None,
+        metric=None if undecided else final_metric(run),
+        best_metric=_best_metric(run),
+        val_loss=None if undecided else _val_loss(run),
+        steps=max(status.step, len(steps)),
+        p50_norm=summary.p50 if summary else None,
+        p99_norm=summary.p99 if summary else None,
+        max_total_norm=summary.max if summary else None,
+        spike_score=stats.spike_score(norms),
+        robust_spike_score=stats.robust_spike_score(norms),
+        largest_loss_ratio=ratio.largest if ratio else None,
+        clipped_share=stats.clipped_share(steps["clip_coef"].fill_null(math.nan).to_numpy()),
+        lr_eff=stats.effective_lr(
+            steps["lr"].fill_null(math.nan).to_numpy(), steps["clip_coef"].fill_null(math.nan).to_numpy(), lr0=lr0
+        ),
+        seconds=status.seconds,
+        note=note,
+        path=str(run.folder.path),
+    )
+
+
+def _judge(run: Run) -> tuple[Verdict, Finding | None, str]:
+    """What became of a run, its divergence if it had one, and why, in words.
+
+    A run that says itself that it diverged is believed; the others are judged by their records, with the same function.
+    """
+    status = run.status
+    reason = status.reason or ""
+    if status.outcome in {"running", "interrupted"}:
+        return status.outcome, None, reason
+    map50 = _map50(run)
+    if status.divergence:
+        event = next(
+            (e for e in run.events if e.get("event") == "divergence" and e.get("kind") == status.divergence), {}
+        )
+        step = event.get("step")
+        found = Finding(status.divergence, step if isinstance(step, int) else max(0, status.step - 1), reason)
+        return status.divergence, found, reason
+    if status.outcome == "completed" and map50 is not None and map50 >= NO_QUALITY:
+        events = (event for event in run.events if event.get("event") == "divergence")
+        return "kept", None, "; ".join(f"{e.get('kind')} at step {e.get('step')}, and healed" for e in events)
+    findings = find_divergences(run.steps, run.layers, map50=map50)
+    if findings and (status.outcome in {"completed", "stopped"} or "NaN" in reason):
+        found = findings[0]
+        words = f"{found.kind} at step {found.step}: {found.reason}"
+        return found.kind, found, "; ".join(text for text in (reason, words) if text)
+    if status.outcome == "failed" and "NaN" in reason:  # the host's words when it gives up
+        return "nonfinite", Finding("nonfinite", max(0, len(run.steps) - 1), reason), reason
+    if status.outcome == "diverged":
+        return "nonfinite", None, reason
+    if status.outcome != "completed":
+        return status.outcome, None, reason
+    if map50 is not None and map50 < NO_QUALITY:
+        return "stalled", None, reason or "it did not diverge, and did not learn"
+    return "kept", None, reason
+
+
+def _last(run: Run, names: Iterable[str]) -> float | None:
+    for name in names:
+        if name in run.results.columns and run.results.height:
+            value = run.results[name].cast(pl.Float64, strict=False)[-1]
+            return value if value is not None and math.isfinite(value) else None
+    return None
+
+
+def _map50(run: Run) -> float | None:
+    """Of the last epoch; by mAP50-95, which is smaller, where only that was recorded."""
+    found = _last(run, (name.replace("mAP50-95", "mAP50") for name in METRICS))
+    return final_metric(run) if found is None else found
+
+
+def _val_loss(run: Run) -> float | None:
+    """Sum of the validation losses of the last epoch; null where there is none or, unvalidated, the host wrote 0."""
+    names = [name for name in run.results.columns if name.startswith("val/") and name.endswith("_loss")]
+    values = [_last(run, [name]) for name in names]
+    known = [value for value in values if value is not None]
+    return sum(known) if known and len(known) == len(values) and any(known) else None
+
+
+def _first_loss(run: Run) -> float | None:
+    """Sum of the training losses of the first step, in the units of the validation losses."""
+    names = [name for name in run.steps.columns if name.startswith("loss_")]
+    if not names or run.steps.is_empty():
+        return None
+    total = sum(run.steps[name][0] or 0.0 for name in names)
+    return total if math.isfinite(total) and total > 0 else None
+
+
+def _best_metric(run: Run) -> float | None:
+    for name in METRICS:
+        if name in run.results.columns:
+            values = run.results[name].cast(pl.Float64, strict=False).drop_nulls().drop_nans()
+            return max(values.to_list(), default=None)
+    return final_metric(run)
+
+
+# Arms ----------------------------------------------------------------------------------------------------------------
+
+
+def arm_label(config: dict[str, Any], arm: dict[str, Any]) -> str:
+    """A short name of what an arm does.
+
+    Args:
+        config: The configuration as used.
+        arm: Its place in the grid; what is no clipping is named too.
+
+    Example:
+        >>> arm_label({"clip": {"policy": "norm", "max_norm": 10.0}, "update_clip": {"max_ratio": 0.03}}, {})
+        'norm 10 + update_clip 0.03'
+    """
+    label = _clip_label(config.get("clip") or {"policy": "none"})
+    if bound := config.get("update_clip"):
+        label += f" + update_clip {_short(bound['max_ratio'])}"
+        label += "" if bound.get("follow_lr", True) else " constant"
+    others = {key: value for key, value in arm.items() if key.partition(".")[0] not in {"clip", "update_clip"}}
+    return label + "".join(f", {key} {_short(value)}" for key, value in others.items())
+
+
+def _clip_label(clip: dict[str, Any]) -> str:
+    """The policy, its main field, and whichever others differ from their defaults."""
+    policy = str(clip.get("policy", "norm"))
+    if policy == "none":
+        return "no clip"
+    fields = {key: list(v) if isinstance(v, tuple) else v for key, v in clip.items() if key != "policy"}
+    main, *others = fields or {"": ""}
+    defaults = msgspec.json.decode(msgspec.json.encode(CLIP_POLICIES[policy]())) if policy in CLIP_POLICIES else {}
+    label = f"{policy} {_short(fields.get(main, ''))}".strip()
+    return label + "".join(f" {key} {_short(fields[key])}" for key in others if fields[key] != defaults.get(key))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " and ".join(map(_short, value)) or "nothing"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# Comparisons ---------------------------------------------------------------------------------------------------------
+
+
+class Comparison:
+    """Runs that may be compared: those of one sweep, or single runs of the same model on the same data."""
+
+    def __init__(self, name: str, entries: list[Entry], sweep: Path | None) -> None:
+        self.name = name
+        self.entries = entries
+        self.sweep = sweep
+        self.stem = ""  # of its figures' files
+        for entry in entries:
+            entry.row.sweep = str(sweep) if sweep else None
+        # In the grid's order for a sweep, where entries come in the order of the plan; lone runs as they were named.
+        self.labels = list(dict.fromkeys(entry.row.arm for entry in entries))
+
+    @property
+    def metric_name(self) -> str:
+        """As a reader calls it."""
+        return "pose mAP50-95" if any(METRICS[0] in entry.run.results.columns for entry in self.entries) else "mAP50-95"
+
+    @property
+    def is_single(self) -> bool:
+        """Whether there is nothing to compare."""
+        return len(self.entries) == 1
+
+    @cached_property
+    def fewest_seeds(self) -> int:
+        """Of a learning rate of an arm, among the runs that count."""
+        cells = Counter((entry.row.arm, entry.row.lr0) for entry in self.entries if entry.counts)
+        return min(cells.values(), default=0)
+
+    @cached_property
+    def num_seeds(self) -> int:
+        """Different ones."""
+        return len({entry.row.seed for entry in self.entries})
+
+    def counted(self, verdict: Verdict) -> int:
+        """Runs that ended so."""
+        return sum(entry.row.verdict == verdict for entry in self.entries)
+
+    @cached_property
+    def horizon(self) -> int:
+        """Steps of a whole run: the median of those that ran to their end, or the longest."""
+        whole = [entry.row.steps for entry in self.entries if entry.row.verdict in {"kept", "stalled"}]
+        return int(median(whole)) if whole else max((entry.row.steps for entry in self.entries), default=0)
+
+    @cached_property
+    def initial_loss(self) -> float | None:
+        """Median over the runs."""
+        found = [loss for entry in self.entries if (loss := _first_loss(entry.run)) is not None]
+        return median(found) if found else None
+
+    @cached_property
+    def arms(self) -> list[dict[str, Any]]:
+        """As in `summary.json`."""
+        return [self._arm([entry for entry in self.entries if entry.row.arm == label]) for label in self.labels]
+
+    def _arm(self, entries: list[Entry]) -> dict[str, Any]:
+        runs = [entry for entry in entries if entry.counts]
+        lr0, diverged = [entry.row.lr0 for entry in runs], [entry.diverged for entry in runs]
+        scores = [entry.score for entry in runs]
+        best, at_best = _best(runs)
+        rate, half = stats.jeffreys(sum(diverged), len(runs)), stats.lr50(lr0, diverged)
+        estimates = {
+            "lr_sensitivity": self._lr_sensitivity(runs),
+            "quality_sensitivity": stats.quality_sensitivity(lr0, scores),
+            "basin_decades": stats.basin_decades(lr0, scores),
+            "usable_decades": stats.basin_decades(lr0, scores, within=USABLE),
+        }
+        stable = stats.max_stable_lr(lr0, diverged)
+        survival = _survival(runs, self.horizon)
+        values: dict[str, Any] = {name: estimate.value for name, estimate in estimates.items()}
+        values["spike_score"] = _median(entry.row.spike_score for entry in runs)
+        values["robust_spike_score"] = _median(entry.row.robust_spike_score for entry in runs)
+        values["rmst"] = survival
+        values["clipped_share"] = _median(entry.row.clipped_share for entry in at_best)
+        values["lr_eff"] = _median(entry.row.lr_eff for entry in at_best)
+        reasons = {name: estimate.reason for name, estimate in estimates.items() if estimate.reason}
+        reasons |= {"divergence_rate": rate.reason} if rate.reason else {}
+        reasons |= {"lr50": half.reason} if half.reason else {}
+        if stable is None:
+            reasons["max_stable_lr"] = "a run diverged at the lowest learning rate" if runs else "no run that counts"
+        if best["metric"] is None:
+            reasons |= dict.fromkeys(("best", "clipped_share", "lr_eff"), "no run was kept with a final metric")
+        for name in ("spike_score", "robust_spike_score"):
+            if values[name] is None:
+                reasons[name] = "needs more than 128 recorded steps"
+        if survival is None:
+            reasons["rmst"] = "no run that counts"
+        return {
+            "arm": entries[0].arm,
+            "label": entries[0].row.arm,
+            "sweep": str(self.sweep) if self.sweep else None,
+            "trials": len(runs),
+            "num_seeds": min(Counter(lr0).values(), default=0),
+            "diverged": sum(diverged),
+            "divergences": {kind: sum(entry.row.verdict == kind for entry in runs) for kind in DIVERGED},
+            "stalled": sum(entry.row.verdict == "stalled" for entry in runs),
+            "failed": sum(entry.row.verdict == "failed" for entry in entries),
+            "unfinished": sum(entry.row.verdict in {"running", "interrupted"} for entry in entries),
+            "divergence_rate": {"value": rate.value, "low": rate.low, "high": rate.high},
+            "max_stable_lr": stable,
+            "lr50": {"value": half.value, "low": half.low, "high": half.high},
+            **values,
+            "best": best,
+            "seconds": sum(entry.row.seconds for entry in entries),
+            "reasons": reasons,
+        }
+
+    def _lr_sensitivity(self, runs: list[Entry]) -> Estimate:
+        if self.initial_loss is None:
+            return Estimate(reason="the loss at the start was not recorded")
+        losses = [None if entry.diverged else entry.row.val_loss for entry in runs]
+        if any(loss is None and not entry.diverged for loss, entry in zip(losses, runs, strict=True)):
+            return Estimate(reason="a run has no validation loss")
+        return stats.lr_sensitivity([entry.row.lr0 for entry in runs], losses, initial_loss=self.initial_loss)
+
+    @cached_property
+    def compute_saved_s(self) -> Estimate:
+        """Seconds not spent on runs that had diverged: the steps to the end of a whole run, at each one's own pace."""
+        if self.sweep is None:
+            return Estimate(reason="single runs have no planned length")
+        if not any(entry.row.verdict in {"kept", "stalled"} for entry in self.entries):
+            return Estimate(reason="no run came to its end, so the length of one is not known")
+        saved = [
+            max(0, self.horizon - entry.row.steps) * entry.row.seconds / max(1, entry.row.steps)
+            for entry in self.entries
+            if entry.diverged
+        ]
+        return Estimate(value=sum(saved))
+
+    @cached_property
+    def pairs(self) -> list[dict[str, Any]]:
+        """Every further arm against the first: final metric and survival, paired by learning rate and seed."""
+        first, *others = self.labels
+        found: list[dict[str, Any]] = []
+        for label in others:
+            quality = stats.compare_paired(self._scores(first), self._scores(label))
+            lives = stats.compare_survival(self._lives(first), self._lives(label), horizon=max(1, self.horizon))
+            found.append({"first": first, "second": label, "metric": quality, "survival_steps": lives})
+        for kind in ("metric", "survival_steps"):
+            adjusted = stats.holm([pair[kind].p_value for pair in found])
+            for pair, p in zip(found, adjusted, strict=True):
+                pair[f"{kind}_p_holm"] = p
+        return found
+
+    def _scores(self, label: str) -> dict[tuple[float, int], float]:
+        entries = [entry for entry in self.entries if entry.row.arm == label and entry.counts]
+        return {(e.row.lr0, e.row.seed): e.score for e in entries if e.score is not None}
+
+    def _lives(self, label: str) -> dict[tuple[float, int], tuple[float, bool]]:
+        entries = [entry for entry in self.entries if entry.row.arm == label and entry.counts]
+        return {(e.row.lr0, e.row.seed): (_end(e), e.diverged) for e in entries}
+
+    @cached_property
+    def sorts(self) -> str:
+        """How the runs that were not kept ended, and what ending some early has spared; nothing where all were kept."""
+        words = {"nonfinite": "not finite", "blowup": "blew up", "collapse": "collapsed silently", "stalled": "stalled"}
+        counts = Counter(entry.row.verdict for entry in self.entries)
+        parts = [f"{counts[kind]} {words.get(kind, kind)}" for kind in counts if kind != "kept"]
+        if not parts:
+            return ""
+        text = f"Of {len(self.entries)} runs, {_listed(parts)}."
+        saved = self.compute_saved_s.value
+        return text + (f" Ending diverged runs early spared {saved / 60:.0f} min." if saved and saved > 90 else "")
+
+    # Tables for the figures ------------------------------------------------------------------------------------------
+
+    def trials_table(self) -> pl.DataFrame:
+        """A row per run that counts."""
+        columns = ("arm", "lr0", "seed", "metric", "verdict", "lr_eff", "divergence_step")
+        rows = [{name: getattr(entry.row, name) for name in columns} for entry in self.entries if entry.counts]
+        kinds = {"arm": pl.String, "lr0": pl.Float64, "seed": pl.Int64, "metric": pl.Float64, "verdict": pl.String}
+        return pl.DataFrame(rows, schema=kinds | {"lr_eff": pl.Float64, "divergence_step": pl.Int64})
+
+    def steps_table(self) -> pl.DataFrame | None:
+        """The step records of all runs, and which run each is of."""
+        tables = [
+            entry.steps.select("step", "loss", "total_norm", "clip_coef").with_columns(
+                trial=pl.lit(i), arm=pl.lit(entry.row.arm), lr0=pl.lit(entry.row.lr0), lost=pl.lit(entry.diverged)
+            )
+            for i, entry in enumerate(self.entries)
+            if len(entry.steps)
+        ]
+        return pl.concat(tables) if tables else None
+
+    def survival_table(self) -> pl.DataFrame | None:
+        """Share of an arm's runs that have not diverged, by step; nothing where none has."""
+        runs = [entry for entry in self.entries if entry.counts]
+        if not any(entry.diverged for entry in runs):
+            return None
+        rows = []
+        for label in self.labels:
+            mine = [entry for entry in runs if entry.row.arm == label]
+            if mine:
+                curve = stats.survival_curve([_end(e) for e in mine], [e.diverged for e in mine], horizon=self.horizon)
+                rows += [{"arm": label, "step": step, "share": share} for step, share in curve]
+        return pl.DataFrame(rows)
+
+    def layer_tables(self) -> list[tuple[str, pl.DataFrame]]:
+        """Layer records of the best run, and of the first that diverged."""
+        best = max(
+            (e for e in self.entries if e.row.metric and not e.diverged), key=lambda e: e.score or 0, default=None
+        )
+        lost = min((e for e in self.entries if e.diverged), key=lambda e: (e.row.lr0, e.row.seed), default=None)
+        if self.is_single:
+            best, lost = self.entries[0], None
+        chosen = [
+            (f"{what}{entry.row.arm}, lr0 {entry.row.lr0:g}, seed {entry.row.seed}", entry.run.layers)
+            for what, entry in (("" if self.is_single else "best: ", best), (f"{_kind(lost)}: ", lost))
+            if entry is not None
+        ]
+        return [(title, layers) for title, layers in chosen if len(layers)]
+
+    @cached_property
+    def sentence(self) -> str:
+        """What the numbers say, in the order of the table."""
+        if self.is_single:
+            return _single_sentence(self.entries[0].row, self.metric_name)
+        arms = [arm for arm in self.arms if arm["trials"]]
+        if not arms:
+            return "No run has ended yet."
+        shown, rest = (arms, []) if len(arms) <= MOST_NAMED else (arms[:1], arms[1:])
+        lost = [f"{arm['label']} lost {arm['diverged']} of {arm['trials']} runs" for arm in shown]
+        if rest:
+            fewest, most = (choose(arm["diverged"] for arm in rest) for choose in (min, max))
+            how = f"{fewest} each" if fewest == most else f"{fewest} to {most}"
+            lost.append(f"the {len(rest)} others {how if most else 'none'}")
+        best = [
+            f"{arm['best']['metric']:.3f} ({arm['label']}, lr0 {arm['best']['lr0']:g})"
+            for arm in sorted(arms, key=lambda arm: -(arm["best"]["metric"] or 0))
+            if arm["best"]["metric"] is not None
+        ]
+        if not best:
+            return f"{_listed(lost)}; no run has a final {self.metric_name}."
+        middle = ", median over seeds" if self.num_seeds > 1 else ""
+        return f"{_listed(lost)}; best {self.metric_name}{middle}: {' against '.join(best[:MOST_NAMED])}."
+
+
+def _kind(entry: Entry | None) -> str:
+    return entry.row.verdict if entry else ""
+
+
+def _end(entry: Entry) -> float:
+    """The step at which a run ended or diverged."""
+    step = entry.row.divergence_step
+    return float(step + 1 if entry.diverged and step is not None else max(1, entry.row.steps))
+
+
+def _survival(runs: list[Entry], horizon: int) -> float | None:
+    """Restricted mean survival time, in steps."""
+    if not runs or horizon < 1:
+        return None
+    return stats.rmst([_end(entry) for entry in runs], [entry.diverged for entry in runs], horizon=horizon)
+
+
+def _best(entries: list[Entry]) -> tuple[dict[str, float | None], list[Entry]]:
+    """The learning rate with the highest median over seeds, lost runs counting as 0, and the runs at it."""
+    best: dict[str, float | None] = {"lr0": None, "metric": None, "low": None, "high": None}
+    at_best: list[Entry] = []
+    for lr0 in sorted({entry.row.lr0 for entry in entries}):
+        here = [entry for entry in entries if entry.row.lr0 == lr0]
+        scores = [entry.score for entry in here if entry.score is not None]
+        if scores and not all(entry.diverged for entry in here) and median(scores) > (best["metric"] or -1.0):
+            best = {"lr0": lr0, "metric": median(scores), "low": min(scores), "high": max(scores)}
+            at_best = here
+    return best, at_best
+
+
+def _median(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _single_sentence(row: Row, metric_name: str) -> str:
+    metric = "no final metric" if row.metric is None else f"final {metric_name} {row.metric:.3f}"
+    clipped = "" if row.clipped_share is None else f", {row.clipped_share:.0%} of them clipped"
+    how = {
+        "kept": "completed",
+        "running": "is running, or was killed,",
+        "interrupted": "was interrupted",
+        "stopped": "was stopped",
+        "failed": "failed",
+        "stalled": "completed without learning",
+    }.get(row.verdict, f"diverged ({row.verdict})")
+    at = (
+        f" at step {row.divergence_step} of {row.steps}"
+        if row.divergence_step is not None
+        else f" after {row.steps} steps"
+    )
+    return f"{row.id} ({row.arm}, lr0 {row.lr0:g}) {how}{at}{clipped}: {metric}."
+
+
+def _listed(texts: list[str]) -> str:
+    return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
+# Finding the runs ----------------------------------------------------------------------------------------------------
+
+
+class NotShown(msgspec.Struct):
+    """A folder that is left out, and why."""
+
+    path: str
+    reason: str
+
+
+def gather(paths: Sequence[Path]) -> tuple[list[Comparison], list[NotShown]]:
+    """Every run under the paths, by what may be compared, and every folder that could not be used.
+
+    Raises:
+        ReportError: A path is neither a run nor a sweep.
+    """
+    comparisons: list[Comparison] = []
+    not_shown: list[NotShown] = []
+    single: dict[str, list[Entry]] = {}
+    for path in paths:
+        if (path / "trials").is_dir():
+            entries = _read_sweep(path, not_shown)
+            if entries:
+                comparisons.append(Comparison(path.resolve().name, entries, path))
+        elif path.is_dir():
+            if not RunFolder(path).gradstab.is_dir():
+                raise ReportError(f"{path}: neither a run (no gradstab folder) nor a sweep (no trials folder)")
+            for entry in _read_all([path], not_shown):
+                args = entry.run.args
+                name = f"{args.get('task', 'run')}: {args.get('model', '?')} on {args.get('data', '?')}"
+                single.setdefault(name, []).append(entry)
+        else:
+            raise ReportError(f"{path}: no such folder; give run folders or sweep folders")
+    return comparisons + [Comparison(name, entries, None) for name, entries in single.items()], not_shown
+
+
+def _read_sweep(path: Path, not_shown: list[NotShown]) -> list[Entry]:
+    """A sweep's trials in the order of its plan, then any that are no longer in it."""
+    folders = sorted(folder for folder in (path / "trials").iterdir() if folder.is_dir())
+    planned: list[str] = []
+    try:
+        spec = msgspec.yaml.decode((path / "sweep.yaml").read_bytes(), type=Spec)
+        planned = [trial.id for trial in plan(spec, path)]
+    except (OSError, msgspec.MsgspecError) as error:
+        reason = "missing" if isinstance(error, OSError) else " ".join(str(error).split())
+        not_shown.append(NotShown(str(path / "sweep.yaml"), f"{reason}, so trials not started are not known"))
+    names = {folder.name for folder in folders}
+    if waiting := [trial for trial in planned if trial not in names]:
+        not_shown.append(NotShown(str(path), f"{len(waiting)} of {len(planned)} trials have not been started"))
+    place = {name: i for i, name in enumerate(planned)}
+    return _read_all(sorted(folders, key=lambda folder: place.get(folder.name, len(place))), not_shown)
+
+
+def _read_all(folders: Iterable[Path], not_shown: list[NotShown]) -> list[Entry]:
+    entries = []
+    for folder in folders:
+        try:
+            entries.append(Entry(read_run(folder), read_trial(folder)))
+        # Any byte of a file may be damaged, and each reader has its own errors; the folder is named in the report.
+        except (RunError, pl.exceptions.PolarsError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            text = " ".join(str(error).split()) or type(error).__name__
+            not_shown.append(NotShown(str(folder), f"cannot be read: {text.removeprefix(f'{folder}: ')}"))
+    return entries
