@@ -21,7 +21,7 @@ def trials(**columns: Any) -> pl.DataFrame:
         "lr0": [0.001, 0.001, 0.1, 0.1] * 2,
         "seed": [0, 1] * 4,
         "metric": [0.2, 0.3, 0.0, None, 0.1, 0.2, 0.3, 0.4],
-        "lost": [False, False, True, True] + [False] * 4,
+        "verdict": ["kept", "kept", "collapse", "blowup"] + ["kept"] * 4,
     }
     return pl.DataFrame(table | columns)
 
@@ -50,18 +50,82 @@ def test_a_lost_trial_counts_as_zero_in_its_arms_line() -> None:
     assert medians == pytest.approx(expected)
 
 
-def test_every_lost_trial_is_a_cross_below_the_axis_and_no_point() -> None:
-    _, _, points, _, crosses, _ = tables(figures.metric_against_lr(trials()))
+def test_every_lost_trial_is_a_mark_of_its_kind_below_the_axis_and_no_point() -> None:
+    chart = figures.metric_against_lr(trials())
+    _, _, points, _, _, collapsed, blown_up = tables(chart)
     assert len(points) == 6
-    assert [row["seed"] for row in crosses] == ["0", "1"]
-    assert all(float(row["y"]) < 0 for row in crosses)
-    assert crosses[0]["at"] != crosses[1]["at"]
+    assert [[row["seed"] for row in rows] for rows in (collapsed, blown_up)] == [["0"], ["1"]]
+    assert all(float(row["y"]) < 0 for row in (*collapsed, *blown_up))
+    assert collapsed[0]["at"] != blown_up[0]["at"]
+    shapes = [layer["mark"]["shape"] for layer in chart.to_dict()["layer"] if "shape" in layer["mark"]]
+    assert shapes == ["triangle-down", "triangle-up"]
+    assert "▼ silent collapse, ▲ blow-up" in json.dumps(chart.to_dict(), ensure_ascii=False)
 
 
-def test_without_losses_there_is_no_row_of_crosses() -> None:
-    chart = figures.metric_against_lr(trials(lost=[False] * 8))
+def test_without_losses_there_is_no_row_of_marks_and_stalled_runs_are_hollow() -> None:
+    chart = figures.metric_against_lr(trials(verdict=["kept"] * 8))
     assert len(tables(chart)) == 3
-    assert "no run was lost" in json.dumps(chart.to_dict())
+    assert "no run diverged" in json.dumps(chart.to_dict())
+    assert "Hollow" not in json.dumps(chart.to_dict())
+    stalled = figures.metric_against_lr(trials(verdict=["stalled"] + ["kept"] * 7)).to_dict()
+    assert [layer["mark"]["filled"] for layer in stalled["layer"] if "filled" in layer["mark"]] == [True, False]
+    assert "Hollow points" in json.dumps(stalled)
+
+
+def test_at_most_seven_lines_are_drawn_and_the_first_is_one() -> None:
+    rows = {"lr0": [0.1] * 10, "seed": [0] * 10, "metric": [i / 20 for i in range(10)], "verdict": ["kept"] * 10}
+    chart = figures.metric_against_lr(pl.DataFrame({"arm": [f"arm {i}" for i in range(10)]} | rows))
+    assert {row["arm"] for row in tables(chart)[1]} == {"arm 0", *(f"arm {i}" for i in range(4, 10))}
+    assert "3 further arms are not drawn" in json.dumps(chart.to_dict())
+
+
+def test_cells_of_a_grid_hold_medians_and_what_was_lost() -> None:
+    table = trials(
+        metric=[0.2, 0.3, 0.4, None, 0.1, 0.2, 0.3, 0.4],
+        verdict=["kept", "kept", "kept", "blowup"] + ["kept"] * 2 + ["collapse"] * 2,
+    )
+    cells = tables(figures.metric_heatmap(table))[0]
+    words = {(row["arm"], row["lr0"]): (row["words"], float(row["score"])) for row in cells}
+    assert words == {
+        ("norm 10", "0.001"): ("0.250", 0.25),
+        ("norm 10", "0.1"): ("0.200 ▲ 1/2", 0.2),
+        ("agc, 0.01", "0.001"): ("0.150", 0.15),
+        ("agc, 0.01", "0.1"): ("▼ collapse", 0.0),
+    }
+
+
+def test_survival_is_a_step_function_by_arm() -> None:
+    curves = pl.DataFrame(
+        {"arm": ["a", "a", "a", "b", "b"], "step": [0, 20, 100, 0, 100], "share": [1.0, 0.5, 0.5, 1.0, 1.0]}
+    )
+    chart = figures.survival(curves)
+    assert [float(row["percent"]) for row in tables(chart)[0][:3]] == [100, 50, 50]
+    assert chart.to_dict()["layer"][0]["mark"]["interpolate"] == "step-after"
+
+
+def test_stages_are_in_network_order_and_columns_keep_the_largest_norm() -> None:
+    names = ["model.10", "model.2", "model.0"]
+    norms = [{"step": i, "layer": name, "grad_norm": 1.0} for i in range(0, 6000, 10) for name in names]
+    norms[300]["grad_norm"] = 1e6
+    norms[301]["grad_norm"] = math.nan
+    chart = figures.layer_norms([("a run", pl.DataFrame(norms))])
+    (cells,) = tables(chart)
+    assert len(cells) <= 3 * figures.LAYER_COLUMNS
+    assert max(float(row["grad_norm"]) for row in cells) == 1e6
+    assert chart.to_dict()["vconcat"][0]["encoding"]["y"]["sort"] == ["model.0", "model.2", "model.10"]
+
+
+def test_a_range_test_shows_where_it_broke(tmp_path: Path) -> None:
+    table = pl.DataFrame({"lr": [1e-4, 1e-3, 1e-2], "loss": [9.0, 8.0, None], "smoothed_loss": [9.0, 8.5, 40.0]})
+    chart = figures.lr_range(table, lr_div=0.01, grid=[0.001, 0.01])
+    assert "broke at 0.01" in json.dumps(chart.to_dict())
+    assert "broke" not in json.dumps(figures.lr_range(table, lr_div=None, grid=[0.001]).to_dict())
+    assert figures.save(chart, tmp_path / "x.svg").read_text().startswith("<svg")
+
+
+def test_a_run_that_diverged_ends_in_a_mark() -> None:
+    ends = [row for row in tables(figures.trajectories(steps(lost=0.1)))[0] if row["end"] == "1"]
+    assert [(row["trial"], row["step"]) for row in ends] == [("2", "29"), ("3", "29")]
 
 
 @pytest.mark.parametrize("metric", [[None] * 8, [0.0] * 8, [1.0] * 8])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,14 +15,16 @@ import polars as pl
 import pytest
 import yaml
 
+from yolo_gradstab.comparison import arm_label
 from yolo_gradstab.config import load_config
-from yolo_gradstab.report import ReportError, arm_label, build_report, judge, loss_breakdown
+from yolo_gradstab.report import ReportError, build_report
 from yolo_gradstab.runs import RunFolder, Status
 from yolo_gradstab.sweep import Trial, plan, read_spec
-from yolo_gradstab.telemetry import STEP_SCHEMA, PartWriter, StepRecord
+from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord
 
 # Recorded: yolo11n, SGD, lr0 0.1, no clipping (ALGORITHMS F14).
 COLLAPSE = [227, 218, 201, 241, 200, 391, 4240, 14216, 268, 237, 161, 7681, 2.25e8, 0.0099, 0.0011, 0.0033]
+NORMS = [712, 1007, 470, 662, 228, 1231, 3.8e4, 1.4e5, 105, 128, 413, 2.2e4, 6.6e6, 0.33, 0.65, 0.24]
 HEALTHY = [200.0 * math.exp(-i / 60) for i in range(60)]
 
 SPEC = {
@@ -37,6 +40,7 @@ def write_run(
     *,
     config: dict | None = None,
     losses: list[float] = HEALTHY,
+    norms: list[float] | None = None,
     metrics: list[float] = (0.1, 0.3),
     status: Status | None = None,
     args: dict | None = None,
@@ -48,14 +52,24 @@ def write_run(
     writer.append(
         StepRecord(
             step=i, epoch=0, attempt=0, batch=i, images=16, lr=0.01 if i % 2 else 0.03, loss=loss, losses={"box": loss},
-            total_norm=40.0, clipped_norm=10.0, clip_coef=0.25 if i % 2 else 1.0, bounded_share=None,
-            update_ratio_max=None, nonfinite=0, skipped=False, scale=1.0, time_s=0.1 * i,
+            total_norm=norms[i] if norms else 40.0, clipped_norm=10.0, clip_coef=0.25 if i % 2 else 1.0,
+            bounded_share=None, update_ratio_max=None, nonfinite=0, skipped=False, scale=1.0, time_s=0.1 * i,
         ).row()
         for i, loss in enumerate(losses)
     )  # fmt: skip
     writer.flush()
-    lines = [f"{epoch},{value}" for epoch, value in enumerate(metrics, 1)]
-    (folder / "results.csv").write_text("\n".join(["epoch,metrics/mAP50-95(B)", *lines]) + "\n")
+    lines = [f"{epoch},{value},{2 - value},{3 - value}" for epoch, value in enumerate(metrics, 1)]
+    names = "epoch,metrics/mAP50-95(B),val/box_loss,val/cls_loss"
+    (folder / "results.csv").write_text("\n".join([names, *lines]) + "\n")
+    layers = PartWriter(run.layers, LAYER_SCHEMA)
+    layers.append(
+        LayerRecord(
+            step=i, layer=f"model.{k}", grad_norm=10.0 / (k + 1), weight_norm=1.0, update_ratio=0.01, nonfinite=0
+        ).row()
+        for i in range(0, len(losses), 10)
+        for k in range(3)
+    )
+    layers.flush()
     (folder / "args.yaml").write_text(
         yaml.safe_dump({"task": "detect", "optimizer": "SGD", "lr0": 0.02} | (args or {}))
     )
@@ -82,7 +96,7 @@ def sweep(tmp_path: Path) -> Path:
         if trial.lr0 == 0.1 and trial.arm["update_clip"] is None:
             nan = Status(outcome="failed", step=16, reason="RuntimeError: loss is NaN | gave up", seconds=3.0)
             status = nan if trial.seed else None
-            write_trial(folder, trial, losses=COLLAPSE, metrics=[0.2, 0.0], status=status)
+            write_trial(folder, trial, losses=COLLAPSE, norms=NORMS, metrics=[0.2, 0.0], status=status)
         else:
             metric = {0.01: 0.30, 0.1: 0.40}[trial.lr0] + 0.02 * trial.seed
             write_trial(folder, trial, metrics=[0.1, metric])
@@ -96,49 +110,80 @@ def summary_of(folder: Path) -> dict:
     return json.loads((folder / "summary.json").read_text(), parse_constant=refuse)
 
 
-# Judging
+# What became of a run
 
 
-def test_the_recorded_collapse_is_lost_and_a_healthy_run_kept() -> None:
-    assert judge("completed", 0.0, COLLAPSE, best_metric=0.3)[0] == "lost"
-    assert "at step 12" in judge("completed", 0.0, COLLAPSE, best_metric=0.3)[1]
-    assert judge("completed", 0.3, HEALTHY, best_metric=0.3) == ("kept", "")
+def verdict_of(folder: Path, **run) -> tuple[str, int | None, float | None]:
+    write_run(folder, **run)
+    build_report(folder)
+    (row,) = pl.read_csv(folder / "trials.csv").to_dicts()
+    (arm,) = summary_of(folder)["arms"]
+    assert (arm["trials"] == 1) == (row["verdict"] not in {"failed", "running", "interrupted"})
+    for name in ("report.html", "report.md"):
+        assert row["verdict"] in (folder / name).read_text()
+    return row["verdict"], row["divergence_step"], row["metric"]
 
 
-def test_a_metric_of_zero_without_blow_up_did_not_learn() -> None:
-    assert judge("completed", 0.0, HEALTHY, best_metric=0.3) == ("did not learn", "")
-
-
-def test_nothing_counts_as_lost_where_nothing_could_be_learned() -> None:
-    verdict, why = judge("completed", 0.0, COLLAPSE, best_metric=0.01)
-    assert verdict == "did not learn"
-    assert "times its start" in why
-
-
-def test_the_step_is_the_recorded_one() -> None:
-    assert "at step 120" in str(loss_breakdown([1.0] * 12 + [1e9], steps=range(0, 130, 10)))
-
-
-@pytest.mark.parametrize("outcome", ["diverged", "failed", "stopped"])
-def test_a_run_that_did_not_reach_its_end_is_lost(outcome: str) -> None:
-    assert judge(outcome, 0.3, HEALTHY, best_metric=0.3)[0] == "lost"
+STATUS = {"step": 60, "seconds": 12.0}
 
 
 @pytest.mark.parametrize(
-    ("losses", "words"),
+    ("run", "verdict", "step"),
     [
-        ([1.0] * 10 + [math.nan], "not finite at step 10"),
-        ([1.0] * 12 + [100.1], "times its start at step 12"),
-        ([1.0] * 10 + [0.00099] * 10, "collapsed"),
-        ([1.0] * 3 + [1e9, math.inf] + [1.0] * 10, None),
-        ([1.0] * 10 + [99.9, 0.00101], None),
-        ([1e-9] * 4, None),
-        ([], None),
+        ({}, "kept", None),
+        ({"metrics": [0.2, 0.0]}, "stalled", None),
+        ({"losses": COLLAPSE, "norms": NORMS, "metrics": [0.2, 0.0]}, "blowup", 12),
+        # A record of another version, which did not judge: finite, low, and lost.
+        (
+            {"losses": [200.0] * 20 + [1e-8] * 40, "norms": [700.0] * 20 + [1e-6] * 40, "metrics": [0, 0]},
+            "collapse",
+            29,
+        ),
+        ({"losses": [200.0] * 20 + [0.0] * 40, "norms": [700.0] * 20 + [0.0] * 40, "metrics": [0, 0]}, "collapse", 29),
+        ({"losses": [200.0] * 5 + [math.nan] * 3, "metrics": []}, "nonfinite", 5),
+        ({"losses": COLLAPSE, "norms": NORMS, "metrics": [0.2, 0.3]}, "kept", None),  # and healed
+        (
+            {
+                "status": Status(
+                    outcome="diverged", divergence="collapse", reason="collapse at step 57: quiet", **STATUS
+                )
+            },
+            "collapse",
+            59,
+        ),
+        ({"status": Status(outcome="failed", reason="RuntimeError: NaN persisted", **STATUS)}, "nonfinite", 59),
+        ({"status": Status(outcome="failed", reason="OSError: disk full", **STATUS)}, "failed", None),
+        (
+            {"status": Status(outcome="stopped", divergence="nonfinite", reason="inf at step 7", **STATUS)},
+            "nonfinite",
+            59,
+        ),
+        ({"status": Status(outcome="running", **STATUS)}, "running", None),
+        ({"status": Status(outcome="interrupted", reason="SIGINT", **STATUS)}, "interrupted", None),
     ],
 )
-def test_loss_breakdown_from_step_ten_on(losses: list[float], words: str | None) -> None:
-    found = loss_breakdown(losses)
-    assert found is None if words is None else words in found
+def test_every_end_appears_as_what_it_is_in_all_four_documents(
+    tmp_path: Path, run: dict, verdict: str, step: int | None
+) -> None:
+    found = verdict_of(tmp_path / "run", **run)
+    assert found[:2] == (verdict, step)
+    if verdict in {"running", "interrupted"}:
+        assert found[2] is None  # the last epoch's is not a final metric
+
+
+def test_the_step_is_the_events_where_there_is_one(tmp_path: Path) -> None:
+    status = Status(outcome="diverged", divergence="blowup", reason="blowup at step 20: ...", step=21)
+    run = write_run(tmp_path / "run", losses=HEALTHY[:21], status=status)
+    RunFolder(run).append_event({"event": "divergence", "kind": "blowup", "step": 20, "reason": "..."})
+    text = build_report(run).read_text()
+    assert "run (norm 10, lr0 0.02) diverged (blowup) at step 20 of 21" in text
+
+
+def test_a_spike_that_healed_is_noted(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    RunFolder(run).append_event({"event": "divergence", "kind": "blowup", "step": 12, "reason": "..."})
+    build_report(run)
+    assert pl.read_csv(run / "trials.csv")["note"].to_list() == ["blowup at step 12, and healed"]
 
 
 # Arms
@@ -163,19 +208,61 @@ def test_arm_labels(config: dict, arm: dict, label: str) -> None:
 # The documents
 
 
-def test_summary_counts_lost_runs_and_says_why_values_are_null(sweep: Path) -> None:
+def test_summary_holds_the_contract_and_says_why_values_are_null(sweep: Path) -> None:
     build_report([sweep])
-    stock, bounded = summary_of(sweep)["arms"]
+    summary = summary_of(sweep)
+    stock, bounded = summary["arms"]
     assert (stock["arm"], bounded["arm"]) == ({"update_clip": None}, {"update_clip": 0.03})
     assert (stock["trials"], stock["diverged"], bounded["diverged"]) == (4, 2, 0)
-    assert stock["divergence_rate"] == {"value": 0.5, "low": None, "high": None}
+    assert stock["divergences"] == {"nonfinite": 0, "blowup": 2, "collapse": 0}
+    # Jeffreys for 2 of 4: Beta(2.5, 2.5), symmetric about one half; scipy's quantile as of a table
+    assert stock["divergence_rate"] == {
+        "value": 0.5,
+        "low": pytest.approx(0.1228, abs=2e-4),
+        "high": pytest.approx(0.8772, abs=2e-4),
+    }
     assert (stock["max_stable_lr"], bounded["max_stable_lr"]) == (0.01, 0.1)
+    assert stock["lr50"] == {"value": pytest.approx(10**-1.5), "low": 0.01, "high": 0.1}
+    assert bounded["lr50"] == {"value": None, "low": None, "high": None}
+    assert "no run diverged" in bounded["reasons"]["lr50"]
     assert bounded["best"] == {"lr0": 0.1, "metric": pytest.approx(0.41), "low": 0.4, "high": pytest.approx(0.42)}
     assert stock["best"]["lr0"] == 0.01  # the collapsed run's earlier 0.2 does not count
-    assert stock["lr50"] == {"value": None, "low": None, "high": None}
-    assert {"lr50", "divergence_rate.low", "spike_score"} <= stock["reasons"].keys()
+    # means .31 and 0: (0 + .31) / 2; and .31, .41: (.1 + 0) / 2
+    assert stock["quality_sensitivity"] == pytest.approx(0.155)
+    assert bounded["quality_sensitivity"] == pytest.approx(0.05)
+    # validation loss 5 - 2 metric: mean 4.38; diverged runs count as the first step's training loss, 200
+    assert stock["lr_sensitivity"] == pytest.approx((200 - 4.38) / 2)
+    # .31 -> 0 over a decade: within 5 % for a twentieth of it
+    assert stock["basin_decades"] == pytest.approx(0.05)
+    assert stock["usable_decades"] == pytest.approx(0.2)
+    # survival: both lost at step 12 of 60: two of four live 13 steps
+    assert stock["rmst"] == pytest.approx(0.5 * 60 + 0.5 * 13)
+    assert stock["spike_score"] is None
+    assert "128" in stock["reasons"]["spike_score"]
     assert stock["clipped_share"] == 0.5
-    assert summary_of(sweep)["compute_saved"] is None
+    assert (stock["num_seeds"], stock["stalled"], stock["failed"], stock["unfinished"]) == (2, 0, 0, 0)
+    # 44 steps each not made: at 12 s / 16 steps, and at 3 s / 16
+    assert summary["compute_saved"] == pytest.approx(44 * 12 / 16 + 44 * 3 / 16)
+    (pair,) = summary["comparisons"]
+    assert (pair["first"], pair["second"]) == ("norm 10", "norm 10 + update_clip 0.03")
+    assert pair["metric"]["difference"]["value"] == pytest.approx((0.40 + 0.42) / 4)
+    assert (pair["metric"]["num_pairs"], pair["metric"]["num_seeds"], pair["metric"]["p_value"]) == (4, 2, 0.5)
+    assert "2 seeds cannot reach p < 0.05" in pair["metric"]["reason"]
+
+
+def test_unfinished_and_failed_trials_count_neither_way(sweep: Path) -> None:
+    folders = sorted(folder for folder in (sweep / "trials").iterdir() if folder.is_dir())
+    RunFolder(folders[0]).write_status(Status(outcome="running", step=7))
+    RunFolder(folders[1]).write_status(Status(outcome="failed", step=9, reason="OSError: disk full"))
+    build_report(sweep)
+    arms = summary_of(sweep)["arms"]
+    assert sum(arm["trials"] for arm in arms) == 6
+    assert sum(arm["unfinished"] for arm in arms) == 1
+    assert sum(arm["failed"] for arm in arms) == 1
+    assert {"failed", "running"} <= set(pl.read_csv(sweep / "trials.csv")["verdict"])
+    text = (sweep / "report.md").read_text()
+    assert "OSError: disk full" in text
+    assert "running" in text
 
 
 def test_effective_rate_weighs_the_clip_by_the_rate(sweep: Path) -> None:
@@ -189,21 +276,23 @@ def test_trials_table_has_a_row_per_run(sweep: Path) -> None:
     build_report(sweep)
     rows = pl.read_csv(sweep / "trials.csv")
     assert len(rows) == 8
-    lost = rows.filter(pl.col("verdict") == "lost").sort("seed")
+    lost = rows.filter(pl.col("verdict") == "blowup").sort("seed")
     assert lost["arm"].to_list() == ["norm 10"] * 2
     assert lost["outcome"].to_list() == ["completed", "failed"]
     assert lost["best_metric"].to_list() == [0.2, 0.2]
     assert "times its start" in lost["note"][0]
+    assert lost["divergence_step"].to_list() == [12, 12]
     assert lost["note"][1].startswith("RuntimeError: loss is NaN | gave up")
 
 
 def test_documents_lead_with_what_the_numbers_say(sweep: Path) -> None:
     page = build_report(sweep)
-    sentence = "norm 10 kept 2 of 4 runs and norm 10 + update_clip 0.03 kept 4 of 4 runs; best mAP50-95"
+    sentence = "norm 10 lost 2 of 4 runs and norm 10 + update_clip 0.03 lost 0 of 4 runs; best mAP50-95"
     assert sentence in page.read_text()
     markdown = (sweep / "report.md").read_text()
     assert sentence in markdown
-    for picture in ("figures/rates_metric.png", "figures/rates_trajectories.png"):
+    for kind in ("metric", "effective", "survival", "trajectories", "layers"):
+        picture = f"figures/rates_{kind}.png"
         assert f"({picture})" in markdown
         assert (sweep / picture).stat().st_size > 10_000
 
@@ -227,6 +316,7 @@ def test_text_from_data_stays_text(tmp_path: Path) -> None:
     rows = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if line.startswith("| a&lt;b")]
     assert len(rows) == 1
     assert rows[0].startswith(r"| a&lt;b&gt;\|c | norm 10 | 0.02 |")
+    assert " nonfinite " in rows[0]
     assert r"bad \`x\` \| &lt;script&gt;alert(1)&lt;/script&gt; \$x\$ second line" in rows[0]
     assert rows[0].replace(r"\|", "").count("|") == 15
 
@@ -237,7 +327,7 @@ def test_a_single_run_has_its_trajectories_and_no_comparison(tmp_path: Path) -> 
     assert "train (agc 0.01, lr0 0.02) completed after 60 steps, 50% of them clipped: final mAP50-95 0.300." in text
     assert 'data-figure="train_trajectories"' in text
     assert "train_metric" not in text
-    assert [path.name for path in (run / "figures").iterdir()] == ["train_trajectories.png"]
+    assert sorted(path.name for path in (run / "figures").iterdir()) == ["train_layers.png", "train_trajectories.png"]
 
 
 def test_unfinished_and_broken_folders_are_named(sweep: Path) -> None:
@@ -254,15 +344,17 @@ def test_unfinished_and_broken_folders_are_named(sweep: Path) -> None:
     RunFolder(folders[6]).write_status(Status(outcome="failed", reason="FileNotFoundError: no such data"))
     build_report(sweep)
     reasons = {Path(item["path"]).name: item["reason"] for item in summary_of(sweep)["not_shown"]}
-    assert reasons[folders[0].name] == "has not ended: it is running, or was killed, at step 60"
-    assert "interrupted at step 9 (SIGINT)" in reasons[folders[1].name]
+    assert reasons.keys() == {folders[i].name for i in (2, 3, 5)}
     assert "status.json" in reasons[folders[2].name]
     assert "cannot be read" in reasons[folders[3].name]
     assert "no gradstab folder" in reasons[folders[5].name]
-    assert "failed before its first step: FileNotFoundError" in reasons[folders[6].name]
-    assert len(pl.read_csv(sweep / "trials.csv")) == 2
+    verdicts = dict(pl.read_csv(sweep / "trials.csv").select("id", "verdict").iter_rows())
+    assert verdicts[folders[0].name] == "running"
+    assert verdicts[folders[1].name] == "interrupted"
+    assert verdicts[folders[6].name] == "failed"
+    assert len(verdicts) == 5
     assert "Not shown" in (sweep / "report.html").read_text()
-    assert folders[0].name in (sweep / "report.md").read_text()
+    assert folders[2].name in (sweep / "report.md").read_text()
 
 
 def test_a_run_alone_is_shown_while_it_goes_on(tmp_path: Path) -> None:
@@ -274,8 +366,6 @@ def test_a_run_alone_is_shown_while_it_goes_on(tmp_path: Path) -> None:
 
 
 def test_trials_that_were_not_started_are_counted(sweep: Path) -> None:
-    import shutil
-
     shutil.rmtree(next(folder for folder in (sweep / "trials").iterdir() if folder.is_dir()))
     build_report(sweep)
     assert summary_of(sweep)["not_shown"][0]["reason"] == "1 of 8 trials have not been started"
@@ -311,13 +401,86 @@ def test_a_path_that_is_no_run_is_one_clear_line(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_large_report_stays_small(tmp_path: Path) -> None:
-    spec = read_spec(SPEC | {"seeds": list(range(6)), "grid": {"lr0": [0.01, 0.1], "update_clip": [None, 0.03]}})
-    folder = tmp_path / "large"
-    losses = np.random.default_rng(0).lognormal(size=3000).tolist()
+def test_many_arms_are_a_grid_and_one_short_sentence(tmp_path: Path) -> None:
+    caps = [None, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+    spec = read_spec(SPEC | {"seeds": [0], "grid": {"lr0": [0.01, 0.1], "update_clip": caps}})
+    (tmp_path / "caps" / "trials").mkdir(parents=True)
+    (tmp_path / "caps" / "sweep.yaml").write_text(yaml.safe_dump(msgspec.to_builtins(spec)))
+    for trial in plan(spec, tmp_path / "caps"):
+        losing = trial.lr0 == 0.1 and trial.arm["update_clip"] is None
+        metrics = [0.0, 0.0] if losing else [0.1, 0.2 + (trial.arm["update_clip"] or 0) / 100]
+        write_trial(
+            tmp_path / "caps",
+            trial,
+            losses=COLLAPSE if losing else HEALTHY,
+            norms=NORMS if losing else None,
+            metrics=metrics,
+        )
+    text = build_report(tmp_path / "caps").read_text()
+    assert "norm 10 lost 1 of 2 runs and the 8 others none; best mAP50-95: 0.300 (norm 10 + update_clip 10" in text
+    assert 'data-figure="caps_grid"' in text
+    assert "2 further arms are not drawn here" in text
+
+
+def write_many(folder: Path, num_trials: int, num_steps: int) -> None:
+    seeds = list(range(num_trials // 20))
+    spec = read_spec(
+        SPEC | {"seeds": seeds, "grid": {"lr0": [0.003, 0.01, 0.03, 0.1, 0.3], "update_clip": [None, 0.01, 0.03, 0.1]}}
+    )
+    generator = np.random.default_rng(0)
     for trial in plan(spec, folder):
-        write_trial(folder, trial, losses=losses)
-    assert build_report(folder).stat().st_size < 5e6
+        losing = trial.lr0 == 0.3 and trial.arm["update_clip"] is None
+        losses = generator.lognormal(sigma=0.3, size=num_steps) * (1e3 if losing else 1)
+        write_trial(
+            folder, trial, losses=losses.tolist(), norms=(losses * 100).tolist(), metrics=[0.1, 0.0 if losing else 0.3]
+        )
+
+
+def test_a_large_report_stays_small(tmp_path: Path) -> None:
+    write_many(tmp_path / "large", 40, 1500)
+    assert build_report(tmp_path / "large").stat().st_size < 5e6
+
+
+@pytest.mark.slow
+def test_a_hundred_trials_of_5000_steps_make_a_page_below_5_mb(tmp_path: Path) -> None:
+    write_many(tmp_path / "large", 100, 5000)
+    code = (
+        "import sys, time, resource\nfrom yolo_gradstab.report import build_report\nstarted = time.monotonic()\n"
+        "page = build_report(sys.argv[1])\n"
+        "print(page.stat().st_size, time.monotonic() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "large")], capture_output=True, text=True, check=True
+    )
+    size, seconds, memory_kb = map(float, done.stdout.split())
+    print(f"{size / 1e6:.2f} MB, {seconds:.1f} s, {memory_kb / 1e6:.2f} GB")
+    assert size < 5e6
+    assert memory_kb < 1.5e6
+
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here to open the page in")
+def test_the_page_draws_every_figure_offline_without_an_error(sweep: Path, tmp_path: Path) -> None:
+    (sweep / "trials").joinpath("a<b>").mkdir()  # a folder named like markup, which cannot be read
+    page = build_report(sweep)
+    assert CHROMIUM is not None
+    done = subprocess.run(
+        [
+            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+            "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--virtual-time-budget=10000",
+            "--dump-dom", page.resolve().as_uri(),
+        ],
+        capture_output=True, text=True, check=True, timeout=120,
+    )  # fmt: skip
+    messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert messages == []
+    figures = page.read_text().count("data-figure=")
+    assert done.stdout.count("<canvas") + done.stdout.count('<svg class="marks"') >= figures > 4
+    assert "<b>" not in done.stdout.split("<script")[0]
 
 
 def test_reports_need_neither_torch_nor_ultralytics() -> None:

@@ -86,6 +86,9 @@ def test_lr50_makes_shares_monotone_first() -> None:
     """By hand: 0 1/2 0 1 pools to 0 1/4 1/4 1; on x = -3 -2 -1/2 0 that is 1/4 x -5/2 + 3/4 x -1/4 = -13/16."""
     found = lr50(*runs([0, 1, 0, 2], seeds=2, rates=[1e-3, 1e-2, 10**-0.5, 1.0]))
     assert found.value == pytest.approx(10 ** (-13 / 16))
+    # pooled by the number of runs: 0 1/1 0/3 1 becomes 0 1/4 1/4 1; 1/4 x -5/2 + 3/4 x -1/2 = -1
+    unequal = lr50([1e-3, 1e-2, 0.1, 0.1, 0.1, 1.0], [False, True, False, False, False, True])
+    assert unequal.value == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +115,8 @@ def test_lr50_of_one_seed_or_of_agreeing_seeds() -> None:
     assert lr50([], []).reason == "needs at least two learning rates"
 
 
-def test_lr50_interval_covers_the_true_rate() -> None:
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_lr50_interval_covers_the_true_rate(seeds: int) -> None:
     """Runs that diverge by a logistic curve: of the sweeps in which it can be estimated, about 95 % cover it."""
     generator = np.random.default_rng(0)
     rates = np.logspace(-3, 0.5, 8)
@@ -120,8 +124,8 @@ def test_lr50_interval_covers_the_true_rate() -> None:
     for _ in range(400):
         truth = 10 ** generator.uniform(-1.6, -0.9)
         share = 1 / (1 + np.exp(-6 * (np.log10(rates) - math.log10(truth))))
-        counts = generator.binomial(5, share).tolist()
-        found = lr50(*runs(counts, seeds=5, rates=rates.tolist()))
+        counts = generator.binomial(seeds, share).tolist()
+        found = lr50(*runs(counts, seeds=seeds, rates=rates.tolist()))
         if found.low is not None and found.high is not None:
             estimated += 1
             covered += found.low <= truth <= found.high
@@ -139,6 +143,7 @@ def test_lr_sensitivity_by_hand() -> None:
     # over seeds: means 3 and 4 -> (0 + 1) / 2
     found = lr_sensitivity([0.01, 0.01, 0.1, 0.1], [2.0, 4.0, 4.0, 4.0], initial_loss=5.0)
     assert (found.value, found.num_seeds) == (0.5, 2)
+    assert lr_sensitivity([0.01, 0.1, 1.0], [2.0, math.inf, -math.inf], initial_loss=5.0).value == 2
     # a collapsed run's training loss of 0 is not what this is given; its validation loss, missing, counts as initial
     assert lr_sensitivity([0.01], [1.0], initial_loss=5.0) == Estimate(
         num_seeds=1, reason="needs at least two learning rates"
@@ -159,11 +164,15 @@ def test_basin_by_hand() -> None:
     ends = basin_decades([0.01, 0.1, 1.0], [0.3, 0.59, 0.6])
     assert ends.value == pytest.approx(1 + (0.59 - 0.57) / 0.29)
     assert ends.reason == "at least: it reaches the end of the grid at 1"
+    flat = basin_decades([1.0, 0.01, 0.1], [0.6, 0.6, 0.6])
+    assert (flat.value, flat.reason) == (2, "at least: it reaches the end of the grid at 0.01 and 1")
     assert basin_decades([0.01, 0.1], [None, 0.0]).reason == "no run has a score above 0"
     # the median over seeds, and the stretch around the best: a second hill is not counted
     hills = basin_decades([0.001, 0.01, 0.1, 1.0] * 3, [0.6, 0.0, 0.6001, 0.0] * 2 + [0.0] * 4)
     assert hills.value == pytest.approx(0.1, abs=1e-3)
     assert hills.num_seeds == 3
+    one_lost = basin_decades([0.01, 0.1, 1.0] * 3, [0.6, 0.6, 0.0] * 2 + [None, 0.6, 0.0])
+    assert one_lost.value == pytest.approx(1 + 0.05)
 
 
 # Trajectories
@@ -188,6 +197,28 @@ def test_spike_score_equals_the_slow_one(seed: int) -> None:
     assert spike_score(values, window=40, threshold=7) == slow_spikes(values.tolist(), 40, 7.0)
 
 
+def slow_robust_spikes(values: list[float]) -> float:
+    count = 0
+    for i in range(128, len(values)):
+        before = np.log(values[i - 128 : i])
+        middle = np.median(before)
+        sigma = scipy_stats.median_abs_deviation(before) * 1.4826
+        count += math.log(values[i]) > middle + 5 * sigma and values[i] > 3 * math.exp(middle)
+    return count / len(values)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0])
+def test_robust_spike_score_equals_the_slow_one(sigma: float) -> None:
+    """At .05 the ratio decides, at 1 the deviation, at .3 either."""
+    values = np.random.default_rng(7).lognormal(sigma=sigma, size=600)
+    spikes = np.random.default_rng(8).choice(np.arange(128, 600), size=40, replace=False)
+    values[spikes] = np.geomspace(1.5, 1e3, 40)
+    found = robust_spike_score(values)
+    assert found == slow_robust_spikes(values.tolist())
+    assert found is not None
+    assert 0 < found < 40 / 600
+
+
 @pytest.mark.parametrize("score", [spike_score, robust_spike_score])
 def test_one_spike_is_one_and_a_constant_has_none(score: Callable[..., float | None]) -> None:
     values = np.random.default_rng(0).lognormal(sigma=0.25, size=200)
@@ -196,6 +227,12 @@ def test_one_spike_is_one_and_a_constant_has_none(score: Callable[..., float | N
     assert score([3.0] * 128) is None
     assert score([*[math.nan] * 10, *[3.0] * 128]) is None
     assert score([]) is None
+
+
+def test_a_constant_series_has_no_deviation_to_measure_a_rise_by() -> None:
+    """As OLMo-core has it; the robust score needs none to see a value of three times the median."""
+    assert spike_score([3.0] * 128 + [30.0]) == 0
+    assert robust_spike_score([3.0] * 128 + [30.0]) == 1 / 129
 
 
 def test_a_rise_of_a_quiet_series_is_no_robust_spike() -> None:
@@ -274,6 +311,20 @@ def test_rmst_reference_values() -> None:
         rmst([], [], horizon=10)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_rmst_equals_the_slow_one(seed: int) -> None:
+    """Kaplan and Meier by their product, on small numbers of steps, so that deaths and censoring often tie."""
+    generator = np.random.default_rng(seed)
+    count = int(generator.integers(1, 9))
+    steps, diverged = generator.integers(1, 15, count).tolist(), (generator.random(count) < 0.5).tolist()
+    alive, area, last = 1.0, 0.0, 0
+    for step in sorted({step for step in steps if step < 12}):
+        area, last = area + alive * (step - last), step
+        lost = sum(s == step and d for s, d in zip(steps, diverged, strict=True))
+        alive *= 1 - lost / sum(s >= step for s in steps)
+    assert rmst(steps, diverged, horizon=12) == pytest.approx(area + alive * (12 - last))
+
+
 def by_seed(values: list[float], rates: tuple[float, ...] = (0.1,)) -> dict[tuple[float, int], float]:
     return {(rate, seed): value for rate in rates for seed, value in enumerate(values)}
 
@@ -303,6 +354,8 @@ def test_seeds_are_flipped_whole_unless_asked() -> None:
     assert compare_paired(a, b).p_value == 0.25
     each = compare_paired(a, b, per_pair=True)
     assert (each.p_value, each.smallest_p, each.num_pairs) == (2 / 2**9, 2 / 2**9, 9)
+    few = compare_paired({(r, 0): 0.0 for r in rates}, {(r, 0): 1.0 for r in rates}, per_pair=True)
+    assert few.reason == "3 pairs cannot reach p < 0.05: the smallest p is 0.25"
 
 
 def test_only_common_pairs_count() -> None:
@@ -315,32 +368,58 @@ def test_only_common_pairs_count() -> None:
     assert one.difference.reason == "one seed has no interval"
 
 
+def test_a_seed_counts_once_however_many_pairs_it_has() -> None:
+    """By hand: seed means 4, 1, 1, so 2, with an interval around it; all of one sign, so p is 2/8."""
+    b = {(rate, 0): 4.0 for rate in (0.01, 0.1, 0.3, 1.0)} | {(0.1, 1): 1.0, (0.1, 2): 1.0}
+    found = compare_paired(dict.fromkeys(b, 0.0), b)
+    interval = scipy_stats.ttest_1samp([4.0, 1.0, 1.0], 0).confidence_interval(0.95)
+    assert (found.difference.value, found.p_value, found.num_pairs, found.num_seeds) == (2, 0.25, 6, 3)
+    assert (found.difference.low, found.difference.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
+    # seed means -2, 1, 1 cancel, though the pairs do not
+    balanced = compare_paired(dict.fromkeys(b, 0.0), {key: 1.0 if key[1] else -2.0 for key in b})
+    assert (balanced.difference.value, balanced.p_value) == (0, 1)
+    # each pair flipped by itself has its share of the seed: four quarters against 1 cancel, four ones would not
+    shares = {key: -1.0 if key[1] else 1.0 for key in b if key[1] < 2}
+    each = compare_paired(dict.fromkeys(shares, 0.0), shares, per_pair=True)
+    assert (each.difference.value, each.p_value, each.num_pairs) == (0, 1, 5)
+
+
+@pytest.mark.parametrize("differences", [[0.1, 0.2, -0.3], [0.1, 0.2, 0.3, -0.6], [0.7, 0.1, -0.8, 0.3, -0.3]])
+def test_differences_that_cancel_have_p_one(differences: list[float]) -> None:
+    """Their sum is 0 up to rounding, and every other one is as large."""
+    assert compare_paired(by_seed([0.0] * len(differences)), by_seed(differences)).p_value == 1
+
+
 def test_many_seeds_are_sampled_and_never_p_zero() -> None:
     found = compare_paired(by_seed([0.0] * 30), by_seed([1.0] * 30))
     assert found.p_value is not None
     assert 0 < found.p_value < 1e-3
+    assert found.smallest_p == 1 / 20_001  # of the sampled flips, not of all 2^30
+    assert found.smallest_p <= found.p_value
 
 
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_paired_interval_and_p_hold_in_simulation(seeds: int) -> None:
-    """Differences of a seed share a part, as real ones do; 1,000 sweeps of three rates, no true difference."""
+    """Differences of a seed share a part, as real ones do; 2,000 sweeps of three rates, no true difference."""
     generator = np.random.default_rng(seeds)
     rates = (0.01, 0.1, 1.0)
-    covered, small = 0, 0
-    for _ in range(1000):
+    covered = 0
+    p_values = []
+    for _ in range(2000):
         shared = generator.normal(size=seeds)
         b = {(r, s): shared[s] + generator.normal() for r, s in itertools.product(rates, range(seeds))}
         found = compare_paired(dict.fromkeys(b, 0.0), b)
         assert found.difference.low is not None and found.difference.high is not None and found.p_value is not None
         covered += found.difference.low <= 0 <= found.difference.high
-        small += found.p_value <= 0.25
-    assert covered / 1000 == pytest.approx(0.95, abs=0.021)  # three standard errors
-    assert small / 1000 == pytest.approx(0.25, abs=0.041)  # exact: with three seeds .25 is the smallest there is
+        p_values.append(found.p_value)
+    assert covered / 2000 == pytest.approx(0.95, abs=0.015)  # three standard errors
+    for alpha in np.arange(2, 2**seeds, 2) / 2**seeds:  # all values p can take: it is uniform on them
+        assert np.mean(np.array(p_values) <= alpha) == pytest.approx(alpha, abs=3.5 * math.sqrt(alpha / 2000))
 
 
 def test_survival_is_compared_in_steps() -> None:
     a = {(0.1, 0): (20.0, True), (0.1, 1): (35.0, True), (1.0, 0): (10.0, True), (1.0, 1): (400.0, True)}
-    b = dict.fromkeys(a, (100.0, False))
+    b = dict.fromkeys(a, (60.0, False))  # shorter, but did not diverge: lives through the horizon
     found = compare_survival(a, b, horizon=100)
     assert found.difference.value == pytest.approx((80 + 65 + 90 + 0) / 4)
     assert (found.num_seeds, found.p_value) == (2, 0.5)
@@ -366,9 +445,15 @@ def test_what_seeds_support_is_said() -> None:
         (lambda: jeffreys(1, 3, confidence=1.0), "confidence must be between 0 and 1, got 1.0"),
         (lambda: max_stable_lr([0.1], []), "of one length, got 1 and 0"),
         (lambda: lr50([0.1, math.nan], [True, True]), "lr0 must be positive and finite, got nan"),
+        (lambda: lr50([math.inf, 0.1], [True, True]), "lr0 must be positive and finite, got inf"),
         (lambda: lr50([0.0], [True]), "lr0 must be positive and finite, got 0.0"),
         (lambda: basin_decades([0.1], [1.0], within=1.0), "within must be between 0 and 1, got 1.0"),
         (lambda: rmst([1], [True], horizon=0), "horizon must be above 0, got 0"),
+        (lambda: lr_sensitivity([0.1], [1.0], initial_loss=math.nan), "initial_loss must be finite, got nan"),
+        (
+            lambda: compare_paired(by_seed([0.0, 0.0]), by_seed([1.0, math.nan])),
+            "scores must be finite, got 0.0 and nan at lr0 0.1, seed 1",
+        ),
     ],
 )
 def test_bad_input_is_one_line(call: Callable[[], Any], words: str) -> None:

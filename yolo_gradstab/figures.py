@@ -266,7 +266,7 @@ def trajectories(steps: pl.DataFrame, *, most_points: int = FIGURE_POINTS) -> al
         for i, (table, y) in enumerate(panels)
     ]
     note = [
-        "A line per run, thinned so that extremes stay; × where one that diverged ended.",
+        "A line per run, thinned so that extremes stay; a red × where one that diverged ended.",
         "Norms are those before clipping, the share is a rolling one.",
     ]
     if missing := [f"{count} of the {name}" for name, count in dropped.items() if count]:
@@ -274,7 +274,9 @@ def trajectories(steps: pl.DataFrame, *, most_points: int = FIGURE_POINTS) -> al
     if len(rates) < steps["lr0"].n_unique():
         note.append(f"{len(rates)} of {steps['lr0'].n_unique()} learning rates are shown, those around the edge.")
     heading = alt.Title("Loss, gradient norm and clipping over optimizer steps", subtitle=note)
-    styled: alt.VConcatChart = _styled(alt.vconcat(*charts, spacing=14).properties(title=heading))
+    styled: alt.VConcatChart = _styled(
+        alt.vconcat(*charts, spacing=14).resolve_scale(color="independent").properties(title=heading)
+    )
     return styled
 
 
@@ -324,19 +326,19 @@ def _panel(
     legend = alt.Legend(
         title=None, orient="top", symbolStrokeWidth=3, symbolOpacity=1, labelLimit=0, columns=3, labelFontSize=12.5
     )
-    color = alt.Color(
-        "arm:N",
-        scale=alt.Scale(domain=arms, range=_cycled(COLORS, len(arms))),
-        legend=legend if is_first and len(arms) > 1 else None,
-    )
+    scale = alt.Scale(domain=arms, range=_cycled(COLORS, len(arms)))
+    color = alt.Color("arm:N", scale=scale, legend=legend if is_first and len(arms) > 1 else None)
     axis = alt.Axis(tickCount=4, format="~s", title="optimizer step" if is_last else None, labels=is_last)
     header = alt.Header(
         title=None, labels=is_first, labelExpr="'lr0 ' + (" + _PLAIN + ")", labelFontSize=12.5, labelFontWeight="bold"
     )
     width = (COLUMNS_PX - 14 * (len(rates) - 1)) / len(rates)
-    base = alt.Chart().encode(x=alt.X("step:Q", axis=axis), y=y, color=color)
-    ends = base.transform_filter("datum.end == 1").mark_point(shape=MARKS["nonfinite"].path, size=36, strokeWidth=1.8)
-    lines = alt.layer(base.mark_line(strokeWidth=1.1, opacity=0.65).encode(detail="trial:N"), ends, data=_values(table))
+    base = alt.Chart().encode(x=alt.X("step:Q", axis=axis), y=y)
+    ends = base.transform_filter("datum.end == 1").mark_point(
+        shape=MARKS["nonfinite"].path, size=40, strokeWidth=2, color=LOST, opacity=1
+    )
+    layers = [base.mark_line(strokeWidth=1.1, opacity=0.65).encode(detail="trial:N", color=color), ends]
+    lines = alt.layer(*layers, data=_values(table))
     column = alt.Column("lr0:O", header=header, sort="ascending")
     panel: alt.FacetChart = lines.properties(width=width, height=150).facet(column=column, spacing=14)
     return panel

@@ -113,7 +113,9 @@ def lr50(lr0: Sequence[float], diverged: Sequence[bool], *, confidence: float = 
     """The learning rate at which half of the runs diverge, by Spearman and Karber on log10 of the rate.
 
     The shares are made monotone first (pool adjacent violators). It needs a lowest rate at which no run diverged and a
-    highest at which all did; otherwise it lies outside the grid.
+    highest at which all did; otherwise it lies outside the grid. Simulated with logistic curves, 3 or 5 seeds and 2 or
+    4 rates per decade, a 95 % interval covers .91 to .98. Where all runs of a rate agree it is that between two rates
+    of the grid, whatever the confidence, and by itself covers less: .5 to .97, the less the finer the grid.
 
     Args:
         lr0: A learning rate per run.
@@ -166,12 +168,15 @@ def lr_sensitivity(lr0: Sequence[float], losses: Sequence[float | None], *, init
     Args:
         lr0: A learning rate per run, evenly spaced on a log scale.
         losses: Final validation losses; null or not finite, of runs that diverged, count as the initial one.
-        initial_loss: At initialisation.
+        initial_loss: At initialisation; it caps each run, before the mean over seeds.
 
     References:
         Wortsman et al. 2023, "Small-scale proxies for large-scale Transformer training instabilities".
     """
-    return _sensitivity(lr0, [initial_loss if loss is None or not loss < initial_loss else loss for loss in losses])
+    if not math.isfinite(initial_loss):
+        raise ValueError(f"initial_loss must be finite, got {initial_loss}")
+    known = [initial_loss if loss is None or not math.isfinite(loss) else loss for loss in losses]
+    return _sensitivity(lr0, [min(loss, initial_loss) for loss in known])
 
 
 def quality_sensitivity(lr0: Sequence[float], scores: Sequence[float | None]) -> Estimate:
@@ -203,8 +208,8 @@ def basin_decades(lr0: Sequence[float], scores: Sequence[float | None], *, withi
     x = np.log10(list(cells))
     floor, best = (1 - within) * medians.max(), int(medians.argmax())
     ends = [_crossing(x[side], medians[side], floor) for side in (slice(best, None, -1), slice(best, None))]
-    reached = [rate for rate, end in zip((x[0], x[-1]), ends, strict=True) if end == rate]
-    reason = f"at least: it reaches the end of the grid at {10 ** reached[-1]:g}" if reached else None
+    reached = [f"{10**rate:g}" for rate, end in zip((x[0], x[-1]), ends, strict=True) if end == rate]
+    reason = f"at least: it reaches the end of the grid at {' and '.join(dict.fromkeys(reached))}" if reached else None
     return Estimate(value=float(ends[1] - ends[0]), num_seeds=fewest, reason=reason)
 
 
@@ -252,9 +257,10 @@ def robust_spike_score(
         return None
     before = sliding_window_view(series, window)[:-1]
     middle = np.median(before, axis=1)
-    sigma = MAD_TO_SIGMA * np.median(np.abs(before - middle[:, None]), axis=1)
     above = series[window:] - middle
-    return float(((above > threshold * sigma) & (above > math.log(ratio))).sum() / len(series))
+    high = np.flatnonzero(above > math.log(ratio))  # few: only their windows need the costly second median
+    sigma = MAD_TO_SIGMA * np.median(np.abs(before[high] - middle[high, None]), axis=1)
+    return float((above[high] > threshold * sigma).sum() / len(series))
 
 
 class LossRatio(msgspec.Struct, frozen=True):
@@ -372,9 +378,9 @@ class PairedComparison(msgspec.Struct, frozen=True, kw_only=True):
     """Two arms on the same learning rates and seeds.
 
     Attributes:
-        difference: Mean of second minus first, with an interval over seeds.
+        difference: Mean of second minus first, of a seed and then over seeds, with an interval over seeds.
         p_value: Two-sided, by flipping the sign of whole seeds; null without a pair.
-        smallest_p: The smallest that so many seeds can give.
+        smallest_p: The smallest that so many seeds, or pairs where each is flipped by itself, can give.
         num_pairs: Learning rates times seeds.
         num_seeds: Seeds.
         reason: What this cannot support, in words.
@@ -399,10 +405,12 @@ def compare_paired(
 
     The same seed means the same weights and data at the start, so runs are paired by (learning rate, seed). Runs of one
     seed depend on each other, so that the signs of all its differences are flipped together, and the interval is
-    Student's over the seeds' means: for normal differences its coverage is what it says, from two seeds on.
+    Student's over the seeds' means: for normal differences its coverage is what it says, from two seeds on; for
+    lognormal ones (sigma 1, three rates) a 95 % interval of 3 to 8 seeds covered .88 to .90 in simulation. A seed
+    counts once, however many of its pairs there are.
 
     Args:
-        a: Score by (lr0, seed); a lost run's is 0.
+        a: Score by (lr0, seed), finite; a lost run's is 0.
         b: The same of the second arm; pairs that only one of them has are left out.
         per_pair: Flip each pair by itself, as if runs of a seed were independent.
         confidence: Of the interval.
@@ -419,19 +427,22 @@ def compare_paired(
         )
     differences: dict[int, list[float]] = {}
     for rate, seed in pairs:
-        differences.setdefault(seed, []).append(b[rate, seed] - a[rate, seed])
-    sums = np.array([sum(values) for values in differences.values()])
+        first, second = a[rate, seed], b[rate, seed]
+        if not (math.isfinite(first) and math.isfinite(second)):  # a NaN would get p 0: no flip is as large
+            raise ValueError(f"scores must be finite, got {first} and {second} at lr0 {rate:g}, seed {seed}")
+        differences.setdefault(seed, []).append(second - first)
     means = np.array([np.mean(values) for values in differences.values()])
-    blocks = np.array([value for values in differences.values() for value in values]) if per_pair else sums
+    # Shares of the seeds' means, so that p is that of `difference` also where seeds have unequal numbers of pairs.
+    shares = np.array([value / len(values) for values in differences.values() for value in values])
+    blocks = shares if per_pair else means
     count = len(differences)
-    difference = msgspec.structs.replace(_mean_over_seeds(means, confidence), value=float(sums.sum() / len(pairs)))
-    smallest = min(1.0, 2.0 ** (1 - len(blocks)))
+    smallest = min(1.0, 2.0 ** (1 - len(blocks))) if len(blocks) <= MOST_BLOCKS else 1 / (SAMPLED_FLIPS + 1)
     reason = None
     if smallest > 1 - confidence:
-        seeds = "1 seed" if count == 1 else f"{count} seeds"
-        reason = f"{seeds} cannot reach p < {1 - confidence:.2g}: the smallest p is {smallest:.3g}"
+        blocks_in_words = f"{len(blocks)} {'pair' if per_pair else 'seed'}{'' if len(blocks) == 1 else 's'}"
+        reason = f"{blocks_in_words} cannot reach p < {1 - confidence:.2g}: the smallest p is {smallest:.3g}"
     return PairedComparison(
-        difference=difference,
+        difference=_mean_over_seeds(means, confidence),
         p_value=_sign_flip(blocks),
         smallest_p=smallest,
         num_pairs=len(pairs),
@@ -450,7 +461,8 @@ def _sign_flip(differences: Array) -> float:
         signs = np.random.default_rng(0).choice((1.0, -1.0), size=(SAMPLED_FLIPS, len(differences)))
         extra = 1  # the observed one: a sampled p is never 0
     sums = np.abs(signs @ differences)
-    as_large = (sums >= observed * (1 - 1e-12)).sum()  # equal sums may differ in their last digits
+    # Equal sums may differ in their last digits, which are those of the terms: a sum of 0 has none of its own.
+    as_large = (sums >= observed - 1e-12 * np.abs(differences).sum()).sum()
     return float((as_large + extra) / (len(signs) + extra))
 
 
