@@ -26,6 +26,7 @@ from yolo_gradstab.telemetry import Run
 __all__ = ["ReportError", "build_report"]
 
 HEATMAP_ARMS = 4  # from which a grid of cells is read more easily than lines
+FORMATS = {"trajectories": "png", "layers": "png"}  # of files; as SVG these are large, the others small and sharp
 FOLDED_RUNS = 40  # more rows than these are folded away in the page
 
 # The report ----------------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def _draw(folder: Path, comparisons: list[Comparison]) -> dict[str, Markup]:
         comparison.stem = re.sub(r"\W+", "_", name).strip("_")[:40]
         for kind, chart in _charts(comparison, figures.FIGURE_POINTS // len(comparisons)).items():
             stem = f"{comparison.stem}_{kind}"
-            figures.save(chart, folder / "figures" / f"{stem}.png")
+            figures.save(chart, folder / "figures" / f"{stem}.{FORMATS.get(kind, 'svg')}")
             specs[stem] = Markup(figures.embedded(chart))  # escaped there, for a script element
     return specs
 
