@@ -1,5 +1,6 @@
 """The `yolo-gradstab` command: what it does, and one clear line with the right exit status for every mistake."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -243,3 +244,31 @@ def test_bad_coco_is_one_line_in_check_and_in_training(
         assert str(path) in said
         assert "Traceback" not in captured.err
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before  # nothing of the user's is touched
+
+
+def test_the_live_table_shows_what_runs_what_ended_and_the_time_left() -> None:
+    from rich.console import Console
+
+    from yolo_gradstab.cli import _states_table
+    from yolo_gradstab.executors import TrialState
+    from yolo_gradstab.trial import Trial
+
+    def state(number: int, **known: Any) -> TrialState:
+        place = {"lr0": 0.1 * number, "seed": number, "point": {"lr0": 0.1 * number}}
+        return TrialState(trial=Trial(id=f"t{number}", arm={}, command=[], **place), **known)
+
+    states = [
+        state(1, outcome="completed", step=120, metric=0.21, seconds=60),
+        state(2, outcome="diverged", divergence="collapse", step=33, metric=0.0, seconds=20),
+        state(3, outcome="running", step=50, loss=4.2, total_norm=123.4, seconds=10),
+        state(4, outcome="running", seconds=40),
+        *(state(number) for number in range(5, 11)),
+    ]
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(_states_table(states, 7))
+    lines = [line.split() for line in console.export_text().splitlines()]
+    assert lines[1] == ["lr0=0.30000000000000004", "seed=3", "50", "4.2", "123.4", "running", "10", "s"]
+    assert ["lr0=0.2", "seed=2", "33", "diverged", "(collapse)", "0.000", "20", "s"] in lines
+    assert len(lines) == 6  # heading, what fits, counts: the first that ended is not shown any more
+    # a mean of 40 s: 30 s left of the third trial, none of the fourth, six more; two at a time
+    assert " ".join(lines[-1]) == "2 of 10 ended, 1 of them diverged; about 2 min left"
