@@ -350,6 +350,8 @@ def _lr_range(words: list[str]) -> int:
         raise UsageError("lr-range: task must be given, as task=detect")
     out = Path(own.pop("out", "runs/lr_range"))
     result = run_lr_range(task, arguments, config, **as_numbers(own), out=out)
+    if "optimizer" not in arguments:
+        print("No optimizer was given: this is for SGD. Give optimizer=... for another")
     _print_range(result)
     found = f"training broke at lr {result.lr_div:.2g} ({result.how})" if result.lr_div else result.how
     print(f"{len(result.lr)} steps from lr {result.lr[0]:.2g}: {found}")

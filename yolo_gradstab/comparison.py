@@ -161,10 +161,8 @@ def _judge(run: Run) -> tuple[Verdict, Finding | None, str]:
         return found.kind, found, "; ".join(text for text in (reason, words) if text)
     if status.outcome == "failed" and "NaN" in reason:  # the host's words when it gives up
         return "nonfinite", Finding("nonfinite", max(0, len(run.steps) - 1), reason), reason
-    if status.outcome == "diverged":
-        return "nonfinite", None, reason
-    if status.outcome != "completed":
-        return status.outcome, None, reason
+    if status.outcome != "completed":  # "diverged" always says of which kind, and is dealt with above
+        return "failed" if status.outcome == "failed" else "stopped", None, reason
     if map50 is not None and map50 < NO_QUALITY:
         return "stalled", None, reason or "it did not diverge, and did not learn"
     return "kept", None, reason

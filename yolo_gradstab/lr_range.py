@@ -34,6 +34,7 @@ SMOOTHING = 0.95
 FIRST_STEPS = 10  # while the running mean of the loss settles
 SLOPE_STEPS = 8  # to each side, for the steepest descent
 RISE = 4.0  # of the smoothed loss over its lowest: the course is left
+OPTIMIZER = "SGD"  # where none is given: the host's own default, auto, ignores the learning rate
 HIGHEST_LR0 = 1.0  # the host's own limit
 
 # What the test decides by itself.
@@ -181,7 +182,7 @@ def run_lr_range(
 
     Args:
         task: As for `trainer_for`.
-        arguments: Ultralytics' training arguments, without those the test sets itself.
+        arguments: Ultralytics' training arguments, without those the test sets itself; the optimizer is SGD by default.
         config: Keys of ours, as for `trainer_for`.
         lr_min: First rate.
         lr_max: Last rate; above 1 it is beyond what Ultralytics takes as lr0.
@@ -211,7 +212,7 @@ def run_lr_range(
     own |= {"val": False, "save": False, "exist_ok": True, "cos_lr": False}
     own |= {"project": str(folder.parent.absolute()), "name": folder.name}
     with _left_as_found():
-        trainer = ranging(overrides={**arguments, **own})
+        trainer = ranging(overrides={"optimizer": OPTIMIZER, **arguments, **own})
         trainer.train()
         trainer.take_divergence()  # growth of the weights is seen when records are read, which is later
     result = test.result()
@@ -265,8 +266,10 @@ class _Ranging:
 def _check(arguments: dict[str, Any], *, lr_min: float, lr_max: float, steps: int) -> None:
     for key in arguments.keys() & SET_BY_THE_TEST.keys():
         raise ConfigError(f"{key} cannot be set in a range test; {SET_BY_THE_TEST[key]}")
-    if str(arguments.get("optimizer", "auto")).lower() == "auto":
-        raise ConfigError("optimizer=auto, Ultralytics' default, ignores lr0; give optimizer, e.g. SGD, MuSGD or AdamW")
+    if str(arguments.get("optimizer", OPTIMIZER)).lower() == "auto":
+        raise ConfigError(
+            "optimizer=auto ignores lr0, and would choose by the test's length; give e.g. SGD, MuSGD or AdamW"
+        )
     for name, value in (("lr_min", lr_min), ("lr_max", lr_max)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
             raise ConfigError(f"{name} must be a number above 0, got {value!r}")
