@@ -80,15 +80,20 @@ def test_sweep_then_report(drawn: dict[str, DrawnSet], tmp_path: Path, capsys: p
         train.pop(key)
     spec = tmp_path / "small.yaml"
     spec.write_text(yaml.safe_dump({"task": "detect", "train": train, "grid": {"lr0": [0.01]}}))
-    assert main(["sweep", str(spec), f"out={tmp_path / 'out'}", "jobs=2", "grid.update_clip=[null, 0.03]"]) == 0
+    words = [f"out={tmp_path / 'out'}", "grid.update_clip=[null, 0.03]", "seeds=[0, 1]"]
+    assert main(["sweep", str(spec), "jobs=2", *words]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"Report: {tmp_path / 'out/report.html'}"
     trials = pl.read_csv(tmp_path / "out" / "trials.csv")
-    assert trials["lr0"].to_list() == [0.01, 0.01]
+    assert trials["lr0"].to_list() == [0.01] * 4
+    # The same seed means the same weights and the same images, in every arm: equal before the first step is made.
+    steps = [read_run(path).steps for path in trials["path"]]
+    first = {seed: [s["loss"][0] for s, of in zip(steps, trials["seed"], strict=True) if of == seed] for seed in (0, 1)}
+    assert first[0][0] == first[0][1] != first[1][0] == first[1][1]
     summary = json.loads((tmp_path / "out/summary.json").read_text())
-    assert [arm["trials"] for arm in summary["arms"]] == [1, 1]
+    assert [arm["trials"] for arm in summary["arms"]] == [2, 2]
     # again: nothing is left to do, and the report is the same
-    assert main(["sweep", str(spec), f"out={tmp_path / 'out'}", "grid.update_clip=[null, 0.03]"]) == 0
-    assert "2 of them already done" in capsys.readouterr().out
+    assert main(["sweep", str(spec), *words]) == 0
+    assert "4 of them already done" in capsys.readouterr().out
     assert main(["report", str(tmp_path / "out"), f"out={tmp_path / 'again'}"]) == 0
     assert (tmp_path / "again" / "report.md").is_file()
 
