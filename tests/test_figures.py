@@ -82,7 +82,7 @@ def test_at_most_seven_lines_are_drawn_and_the_first_is_one() -> None:
 def test_cells_of_a_grid_hold_medians_and_what_was_lost() -> None:
     table = trials(
         metric=[0.2, 0.3, 0.4, None, 0.1, 0.2, 0.3, 0.4],
-        verdict=["kept", "kept", "kept", "blowup"] + ["kept"] * 2 + ["collapse"] * 2,
+        verdict=["kept", "kept", "kept", "blowup"] + ["kept"] * 2 + ["collapse", "blowup"],
     )
     cells = tables(figures.metric_heatmap(table))[0]
     words = {(row["arm"], row["lr0"]): (row["words"], float(row["score"])) for row in cells}
@@ -90,7 +90,7 @@ def test_cells_of_a_grid_hold_medians_and_what_was_lost() -> None:
         ("norm 10", "0.001"): ("0.250", 0.25),
         ("norm 10", "0.1"): ("0.200 ▲ 1/2", 0.2),
         ("agc, 0.01", "0.001"): ("0.150", 0.15),
-        ("agc, 0.01", "0.1"): ("▼ collapse", 0.0),
+        ("agc, 0.01", "0.1"): ("▲▼ lost", 0.0),
     }
 
 

@@ -31,7 +31,7 @@ DIVERGED: tuple[Verdict, ...] = ("nonfinite", "blowup", "collapse")
 UNDECIDED: tuple[Verdict, ...] = ("failed", "running", "interrupted")  # says nothing about a learning rate
 
 HOST_LR0 = 0.01  # the host's own default, for a run whose arguments are missing
-MOST_NAMED = 3  # arms in a sentence
+MOST_NAMED = 4  # arms in a sentence
 USABLE = 0.2  # below the best, a learning rate is still usable
 
 
@@ -484,7 +484,7 @@ class Comparison:
         if not best:
             return f"{_listed(lost)}; no run has a final {self.metric_name}."
         middle = ", median over seeds" if self.num_seeds > 1 else ""
-        return f"{_listed(lost)}; best {self.metric_name}{middle}: {' against '.join(best[:MOST_NAMED])}."
+        return f"{_listed(lost)}; best {self.metric_name}{middle}: {' against '.join(best[: MOST_NAMED - 1])}."
 
 
 def _kind(entry: Entry | None) -> str:

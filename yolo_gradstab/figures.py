@@ -363,18 +363,23 @@ def metric_heatmap(trials: pl.DataFrame, metric: str = "mAP50-95") -> alt.LayerC
             pl.col("score").median(),
             lost=is_lost.sum(),
             runs=pl.len(),
-            kind=pl.col("verdict").filter(is_lost).mode().sort().first(),
+            kinds=pl.col("verdict").filter(is_lost).unique().sort(),
         )
     )
     text = pl.format("{}", pl.col("score").round(3).cast(pl.String).str.pad_end(5, "0").str.slice(0, 5))
-    signs = pl.col("kind").replace_strict({kind: mark.sign for kind, mark in MARKS.items()}, default=None)
+    sign_of = {kind: mark.sign for kind, mark in MARKS.items()}
+    signs = pl.col("kinds").list.eval(pl.element().replace_strict(sign_of, return_dtype=pl.String)).list.join("")
+    kind = pl.when(pl.col("kinds").list.len() == 1).then(pl.col("kinds").list.first()).otherwise(pl.lit("lost"))
     some = pl.format("{} {} {}/{}", text, signs, pl.col("lost"), pl.col("runs"))
-    every = pl.format("{} {}", signs, pl.col("kind"))
+    every = pl.format("{} {}", signs, kind)
     words = pl.when(pl.col("lost") == 0).then(text).when(pl.col("lost") == pl.col("runs")).then(every).otherwise(some)
     highest = max(cells["score"].drop_nulls().to_list(), default=0.0) or 1.0
     ink = pl.when(pl.col("lost") > 0).then(pl.lit(LOST)).otherwise(pl.lit(INK))
     ink = pl.when(pl.col("score") > 0.55 * highest).then(pl.lit("white")).otherwise(ink)
-    cells = cells.with_columns(words=words.fill_null("no metric"), ink=ink)
+    signs_of = ", ".join(
+        f"{mark.sign} {mark.words}" for name, mark in MARKS.items() if name in cells["kinds"].explode().to_list()
+    )
+    cells = cells.with_columns(words=words.fill_null("no metric"), ink=ink).drop("kinds")
     x = alt.X(
         "lr0:O",
         title="learning rate lr0",
@@ -393,7 +398,6 @@ def metric_heatmap(trials: pl.DataFrame, metric: str = "mAP50-95") -> alt.LayerC
         base.mark_rect(stroke="white", strokeWidth=2).encode(x=x, y=y, color=color, tooltip=tooltip),
         base.mark_text(fontSize=12).encode(x=x, y=y, text="words:N", color=alt.Color("ink:N", scale=None)),
     ).resolve_scale(color="independent")
-    signs_of = ", ".join(f"{mark.sign} {mark.words}" for kind, mark in MARKS.items() if kind in cells["kind"].to_list())
     note = "Median over seeds, a run that diverged counting as 0."
     note += f" {signs_of}; k/n where only some did." if signs_of else " No run diverged."
     width = max(360, min(WIDTH_PX, 96 * cells["lr0"].n_unique()))
