@@ -160,7 +160,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("data sample", 2, "data sample: out must be given"),
         ("data sample out={tmp} images=1", 1, "images"),
         ("sweep", 2, "give a spec first"),
-        ("sweep missing.yaml", 1, "missing.yaml: cannot be read"),
+        ("sweep missing.yaml", 2, "missing.yaml: cannot be read"),
         ("report", 2, "give at least one run or sweep folder"),
         ("report {tmp}/nothing", 1, "nothing"),
     ],

@@ -275,13 +275,17 @@ def _data_sample(given: dict[str, Any]) -> int:
 
 def _sweep(words: list[str]) -> int:
     from yolo_gradstab.report import build_report
-    from yolo_gradstab.sweep import read_spec, run_sweep
+    from yolo_gradstab.sweep import SweepError, check_files, read_spec, run_sweep
 
     if not words or "=" in words[0]:
         raise UsageError("sweep: give a spec first, e.g. `yolo-gradstab sweep configs/sweeps/sample_detect.yaml`")
     given = _pairs(words[1:])
     out, retry = given.pop("out", None), given.pop("retry", None)
-    spec = read_spec(words[0], given)
+    try:
+        spec = read_spec(words[0], given)
+        check_files(spec)
+    except SweepError as error:
+        raise UsageError(str(error)) from None
     with _live_table() as (say, watch):
         folder = run_sweep(spec, out, say=say, watch=watch, retry=retry)
     print(f"Report: {build_report([folder])}")
