@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and locks as
 TRIAL = """
 import os, sys, time
 from pathlib import Path
-from yolo_gradstab.runs import RunFolder, Status
+from yolo_gradstab.runs import RunFolder, Status, terminable
 from yolo_gradstab.telemetry import STEP_SCHEMA, PartWriter, StepRecord
 folder, outcome = Path(sys.argv[1]), sys.argv[2]
 seconds = float(sys.argv[3]) if len(sys.argv) > 3 else 0.0
@@ -49,13 +49,14 @@ if outcome == "killed":
     os.kill(os.getpid(), 9)
 if outcome in {"wait", "deaf"}:
     try:
-        (folder / "ready").touch()
-        time.sleep(60)
-    except KeyboardInterrupt:
+        with terminable():
+            (folder / "ready").touch()
+            time.sleep(60)
+    except SystemExit:
         if outcome == "deaf":
             time.sleep(60)
         run.write_status(Status(outcome="interrupted", step=3))
-        raise SystemExit(130)
+        raise
 time.sleep(seconds)
 with (folder / "results.csv").open("a") as file:
     file.write("epoch,metrics/mAP50-95(B)\\n1,0.5\\n2,0.41\\n")
@@ -210,15 +211,16 @@ from pathlib import Path
 from yolo_gradstab.executors import run_trials
 from yolo_gradstab.trial import Trial
 folder = Path(sys.argv[1])
-run_trials(msgspec.json.decode((folder / "input.json").read_bytes(), type=list[Trial]), folder, print, jobs=2)
+trials = msgspec.json.decode((folder / "input.json").read_bytes(), type=list[Trial])
+run_trials(trials, folder, print, jobs=2, executor=sys.argv[2])
 """
 
 
-def start(folder: Path, trials: list[Trial]) -> subprocess.Popen[bytes]:
+def start(folder: Path, trials: list[Trial], executor: str = "local") -> subprocess.Popen[bytes]:
     """A sweep in a process of its own."""
     (folder / "input.json").write_bytes(msgspec.json.encode(trials))
     return subprocess.Popen(
-        [sys.executable, "-c", SWEEP, str(folder)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-c", SWEEP, str(folder), executor], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
 
 
@@ -338,6 +340,20 @@ def test_a_ray_node_that_dies_half_way_costs_no_trial(tmp_path: Path, cluster: A
     run_trials(acting(ours, outcomes), ours, silent)
     assert summary(theirs) == summary(ours)
     assert sum(line.startswith("trial ") for line in lines) == 6
+
+
+def test_an_interruption_reaches_the_trials_of_ray(tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason='needs Ray: pip install "yolo-gradstab[ray]"')
+    trials = acting(tmp_path, ["wait", "wait", "completed"])
+    with start(tmp_path, trials, "ray") as sweep:
+        until(lambda: len(list(tmp_path.glob("trials/*/ready"))) == 2, 90)
+        sweep.send_signal(signal.SIGINT)
+        assert sweep.wait(60) != 0
+        assert sweep.stderr is not None
+        sweep.stderr.read()
+    until(lambda: read_run(place(tmp_path, trials[0])).status.outcome == "interrupted")
+    until(lambda: read_run(place(tmp_path, trials[1])).status.outcome == "interrupted")
+    assert not place(tmp_path, trials[2]).exists()
 
 
 def test_ray_that_is_not_installed_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

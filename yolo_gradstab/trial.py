@@ -52,8 +52,9 @@ METRICS = ("metrics/mAP50-95(P)", "metrics/mAP50-95(B)")
 # A trial that ended so is not run again; a failed one only when asked.
 ENDED: tuple[Outcome, ...] = ("completed", "diverged", "stopped", "failed")
 
-STOP_GRACE_S = 20.0  # for an interrupted trial to write its records, before it is killed
+STOP_GRACE_S = 20.0  # for a terminated trial to write its records, before it is killed
 POLL_S = 0.2
+FOREVER_S = 1e9
 
 
 class SweepError(ValueError):
@@ -159,19 +160,20 @@ class TrialProcess:
                 **options,
             )
         try:
-            status = self._process.wait(time_limit_s)
+            # With a limit in any case: such a wait is made of short ones, between which Ray's cancelling gets through.
+            status = self._process.wait(FOREVER_S if time_limit_s is None else time_limit_s)
         except subprocess.TimeoutExpired:
             self.stop()
         return None if self.stopping else status
 
     def stop(self) -> None:
-        """Interrupt it, and kill it if it has not ended within the grace period; nothing is started afterwards."""
+        """Terminate it, and kill it if it has not ended within the grace period; nothing is started afterwards."""
         with self._lock:
             self.stopping = True
             process = self._process
         if process is None or process.poll() is not None:
             return
-        process.send_signal(signal.SIGINT if os.name == "posix" else signal.SIGTERM)
+        process.terminate()  # not SIGINT, which Ray's workers block, and with them whatever they start
         try:
             process.wait(STOP_GRACE_S)
         except subprocess.TimeoutExpired:

@@ -113,6 +113,7 @@ def gather(out: Path, options: dict[str, str], started_s: float) -> None:
         place = {"sweep": folder.parent.parent.name, "id": trial.id, "seed": trial.seed, "point": trial.point}
         ending = {
             "outcome": status.outcome,
+            "divergence": status.divergence,
             "reason": status.reason,
             "seconds": status.seconds,
             "steps": len(run.steps),
