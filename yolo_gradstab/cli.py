@@ -313,7 +313,7 @@ def _states_table(states: list[Any], height: int) -> Any:
     """Running trials with their step, loss and norm, then the last that ended, as many as fit; counts and time left."""
     from rich.table import Table
 
-    running = [state for state in states if state.outcome in {"running", "interrupted"}]
+    running = [state for state in states if state.outcome == "running"]
     ended = [state for state in states if state.outcome not in {None, "running", "interrupted"}]
     diverged = sum(state.outcome == "diverged" for state in ended)
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), caption_justify="left")

@@ -346,6 +346,7 @@ class _Looks:
         self._trials = trials
         self._folder = folder
         self._ended: dict[str, TrialState] = {}
+        self._since_s = time.time()
 
     def all(self) -> list[TrialState]:
         return [self._ended.get(trial.id) or self._look(trial) for trial in self._trials]
@@ -354,15 +355,20 @@ class _Looks:
         state = TrialState(trial=trial)
         path = self._folder / "trials" / trial.id
         try:
+            started_s = (path / "trial.json").stat().st_mtime
+            if started_s >= self._since_s - 1:  # by this sweep; its process is still loading
+                state.outcome, state.seconds = "running", time.time() - started_s
             run = read_run(path)
             status = run.status
+            if status.outcome == "interrupted" and state.outcome is None:
+                return state  # of an earlier sweep: it waits for its turn
             state.outcome, state.divergence, state.step = status.outcome, status.divergence, status.step
             state.seconds = status.seconds
             if status.outcome in ENDED:
                 state.metric = final_metric(run)
                 self._ended[trial.id] = state
             else:
-                state.seconds = time.time() - (path / "trial.json").stat().st_mtime
+                state.seconds = time.time() - started_s
                 newest = max(run.folder.steps.glob("*.parquet"), default=None)
                 if newest is not None:
                     columns = pl.read_parquet(newest, columns=["step", "loss", "total_norm"])
