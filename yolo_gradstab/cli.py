@@ -450,7 +450,7 @@ DEMO_COLUMNS = {
     "arm": "clip",
     "lr0": "lr0",
     "verdict": "outcome",
-    "metric": "mAP50-95",
+    "score": "mAP50-95",
     "clipped_share": "clipped",
     "lr_eff": "effective lr",
 }

@@ -28,7 +28,8 @@ __all__ = ["DIVERGED", "Comparison", "Entry", "NotShown", "ReportError", "Row", 
 
 Verdict = Literal["kept", "nonfinite", "blowup", "collapse", "stalled", "failed", "stopped", "running", "interrupted"]
 DIVERGED: tuple[Verdict, ...] = ("nonfinite", "blowup", "collapse")
-UNDECIDED: tuple[Verdict, ...] = ("failed", "running", "interrupted")  # says nothing about a learning rate
+UNFINISHED: tuple[Verdict, ...] = ("running", "interrupted", "stopped")
+UNDECIDED: tuple[Verdict, ...] = ("failed", *UNFINISHED)  # say nothing about a learning rate
 
 HOST_LR0 = 0.01  # the host's own default, for a run whose arguments are missing
 MOST_NAMED = 4  # arms in a sentence
@@ -52,10 +53,12 @@ class Row(msgspec.Struct, kw_only=True):
     divergence: str | None
     divergence_step: int | None
     metric: float | None
+    score: float | None  # the metric as it counts: 0 for a run that diverged, whatever was measured
     best_metric: float | None
     val_loss: float | None
     steps: int
     p50_norm: float | None
+    p90_norm: float | None
     p99_norm: float | None
     max_total_norm: float | None
     spike_score: float | None
@@ -85,13 +88,13 @@ class Entry:
 
     @property
     def counts(self) -> bool:
-        """Whether the run says something about its learning rate: one that goes on, or that failed, does not."""
+        """Whether the run says something about its learning rate: one that did not come to an end does not."""
         return self.row.verdict not in UNDECIDED
 
     @property
     def score(self) -> float | None:
-        """The metric as it counts: that of a run that diverged is 0, whatever was measured."""
-        return 0.0 if self.diverged else self.row.metric
+        """The metric as it counts."""
+        return self.row.score
 
 
 # What became of a run ------------------------------------------------------------------------------------------------
@@ -103,7 +106,7 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
     verdict, found, note = _judge(run)
     norms = steps["total_norm"].fill_null(math.nan).to_numpy()
     summary, ratio = stats.norm_summary(norms), stats.loss_ratio(steps["loss"].fill_null(math.nan).to_numpy())
-    undecided = verdict in {"running", "interrupted"}
+    metric = None if verdict in UNDECIDED else final_metric(run)
     return Row(
         id=trial.id if trial else run.folder.path.name,
         arm=label,
@@ -114,11 +117,13 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
         verdict=verdict,
         divergence=found.kind if found else None,
         divergence_step=found.step if found else None,
-        metric=None if undecided else final_metric(run),
+        metric=metric,
+        score=0.0 if verdict in DIVERGED else metric,
         best_metric=_best_metric(run),
-        val_loss=None if undecided else _val_loss(run),
+        val_loss=None if verdict in UNDECIDED else _val_loss(run),
         steps=max(status.step, len(steps)),
         p50_norm=summary.p50 if summary else None,
+        p90_norm=summary.p90 if summary else None,
         p99_norm=summary.p99 if summary else None,
         max_total_norm=summary.max if summary else None,
         spike_score=stats.spike_score(norms),
@@ -142,7 +147,7 @@ def _judge(run: Run) -> tuple[Verdict, Finding | None, str]:
     status = run.status
     reason = status.reason or ""
     if status.outcome in {"running", "interrupted"}:
-        return status.outcome, None, reason
+        return status.outcome, None, reason or "has not ended: it is running, or was killed"
     map50 = _map50(run)
     if status.divergence:
         event = next(
@@ -154,17 +159,19 @@ def _judge(run: Run) -> tuple[Verdict, Finding | None, str]:
     if status.outcome == "completed" and map50 is not None and map50 >= NO_QUALITY:
         events = (event for event in run.events if event.get("event") == "divergence")
         return "kept", None, "; ".join(f"{e.get('kind')} at step {e.get('step')}, and healed" for e in events)
-    findings = find_divergences(run.steps, run.layers, map50=map50)
-    if findings and (status.outcome in {"completed", "stopped"} or "NaN" in reason):
+    if status.outcome == "stopped":
+        return "stopped", None, reason
+    gave_up = status.outcome == "failed" and "NaN" in reason  # the host's words
+    if status.outcome == "failed" and not gave_up:
+        return "failed", None, reason
+    if findings := find_divergences(run.steps, run.layers, map50=map50):
         found = findings[0]
         words = f"{found.kind} at step {found.step}: {found.reason}"
         return found.kind, found, "; ".join(text for text in (reason, words) if text)
-    if status.outcome == "failed" and "NaN" in reason:  # the host's words when it gives up
+    if gave_up or status.outcome == "diverged":  # a status can say so and not of which kind
         return "nonfinite", Finding("nonfinite", max(0, len(run.steps) - 1), reason), reason
-    if status.outcome != "completed":  # "diverged" always says of which kind, and is dealt with above
-        return "failed" if status.outcome == "failed" else "stopped", None, reason
     if map50 is not None and map50 < NO_QUALITY:
-        return "stalled", None, reason or "it did not diverge, and did not learn"
+        return "stalled", None, reason
     return "kept", None, reason
 
 
@@ -190,12 +197,19 @@ def _val_loss(run: Run) -> float | None:
     return sum(known) if known and len(known) == len(values) and any(known) else None
 
 
-def _first_loss(run: Run) -> float | None:
-    """Sum of the training losses of the first step, in the units of the validation losses."""
-    names = [name for name in run.steps.columns if name.startswith("loss_")]
-    if not names or run.steps.is_empty():
+def _validated(run: Run) -> set[str]:
+    """Components of the loss that validation computes; for the others the host writes 0, as for `rle` in pose."""
+    names = (name for name in run.results.columns if name.startswith("val/") and name.endswith("_loss"))
+    return {name.removeprefix("val/").removesuffix("_loss") for name in names if _last(run, [name])}
+
+
+def _first_loss(run: Run, components: Iterable[str]) -> float | None:
+    """Sum of these parts of the first step's loss, which the host logs in the units of the validation losses."""
+    names = [f"loss_{component}" for component in sorted(components)]
+    if not names or run.steps.is_empty() or not set(names) <= set(run.steps.columns):
         return None
-    total = sum(run.steps[name][0] or 0.0 for name in names)
+    values = [run.steps[name][0] for name in names]
+    total = sum(math.nan if value is None else value for value in values)
     return total if math.isfinite(total) and total > 0 else None
 
 
@@ -279,6 +293,11 @@ class Comparison:
         cells = Counter((entry.row.arm, entry.row.lr0) for entry in self.entries if entry.counts)
         return min(cells.values(), default=0)
 
+    @property
+    def seeds_note(self) -> str:
+        """What so many seeds can and cannot support."""
+        return stats.seeds_note(self.fewest_seeds)
+
     @cached_property
     def num_seeds(self) -> int:
         """Different ones."""
@@ -296,8 +315,13 @@ class Comparison:
 
     @cached_property
     def initial_loss(self) -> float | None:
-        """Median over the runs."""
-        found = [loss for entry in self.entries if (loss := _first_loss(entry.run)) is not None]
+        """Of the first training step, in what validation computes; median over the runs.
+
+        Nothing is validated before the first epoch has been trained. Of untrained tiny models this loss was 8.4 where
+        validation gave 7.4 (detect), and 19.1 where it gave 20.2 (pose).
+        """
+        components = set().union(*(_validated(entry.run) for entry in self.entries))
+        found = [loss for entry in self.entries if (loss := _first_loss(entry.run, components)) is not None]
         return median(found) if found else None
 
     @cached_property
@@ -331,7 +355,10 @@ class Comparison:
         if stable is None:
             reasons["max_stable_lr"] = "a run diverged at the lowest learning rate" if runs else "no run that counts"
         if best["metric"] is None:
-            reasons |= dict.fromkeys(("best", "clipped_share", "lr_eff"), "no run was kept with a final metric")
+            reasons["best"] = "no run was kept with a final metric"
+        for name in ("clipped_share", "lr_eff"):
+            if values[name] is None:
+                reasons[name] = reasons.get("best", "not recorded at the best learning rate")
         for name in ("spike_score", "robust_spike_score"):
             if values[name] is None:
                 reasons[name] = "needs more than 128 recorded steps"
@@ -347,7 +374,7 @@ class Comparison:
             "divergences": {kind: sum(entry.row.verdict == kind for entry in runs) for kind in DIVERGED},
             "stalled": sum(entry.row.verdict == "stalled" for entry in runs),
             "failed": sum(entry.row.verdict == "failed" for entry in entries),
-            "unfinished": sum(entry.row.verdict in {"running", "interrupted"} for entry in entries),
+            "unfinished": sum(entry.row.verdict in UNFINISHED for entry in entries),
             "divergence_rate": {"value": rate.value, "low": rate.low, "high": rate.high},
             "max_stable_lr": stable,
             "lr50": {"value": half.value, "low": half.low, "high": half.high},
@@ -359,7 +386,7 @@ class Comparison:
 
     def _lr_sensitivity(self, runs: list[Entry]) -> Estimate:
         if self.initial_loss is None:
-            return Estimate(reason="the loss at the start was not recorded")
+            return Estimate(reason="the loss at the start was not recorded, or no validation loss to compare with it")
         losses = [None if entry.diverged else entry.row.val_loss for entry in runs]
         if any(loss is None and not entry.diverged for loss, entry in zip(losses, runs, strict=True)):
             return Estimate(reason="a run has no validation loss")
@@ -423,11 +450,32 @@ class Comparison:
         kinds = {"arm": pl.String, "lr0": pl.Float64, "seed": pl.Int64, "metric": pl.Float64, "verdict": pl.String}
         return pl.DataFrame(rows, schema=kinds | {"lr_eff": pl.Float64, "divergence_step": pl.Int64})
 
+    def grid_table(self) -> tuple[pl.DataFrame, str | None]:
+        """The same for a grid of cells; and what its rows are, if not the names of arms.
+
+        Where arms differ in nothing but the cap of their update, rows are that: off first, then ascending.
+        """
+        table = self.trials_table()
+        bounds = {entry.row.arm: entry.run.config.get("update_clip") for entry in self.entries}
+        caps = {arm: bound["max_ratio"] if bound else None for arm, bound in bounds.items()}
+        beside = {arm_label(entry.run.config | {"update_clip": None}, entry.arm) for entry in self.entries}
+        is_constant = any(bound and not bound.get("follow_lr", True) for bound in bounds.values())
+        if len(beside) > 1 or is_constant or len(set(caps.values())) < len(caps):
+            return table, None
+        order = sorted(caps, key=lambda arm: caps[arm] or 0.0)
+        names = {arm: "off" if caps[arm] is None else _short(caps[arm]) for arm in order}
+        place = pl.col("arm").replace_strict({arm: i for i, arm in enumerate(order)}, return_dtype=pl.Int64)
+        title = f"update_clip, with {beside.pop()}"
+        return table.sort(place, maintain_order=True).with_columns(pl.col("arm").replace_strict(names)), title
+
     def steps_table(self) -> pl.DataFrame | None:
         """The step records of all runs, and which run each is of."""
         tables = [
             entry.steps.select("step", "loss", "total_norm", "clip_coef").with_columns(
-                trial=pl.lit(i), arm=pl.lit(entry.row.arm), lr0=pl.lit(entry.row.lr0), lost=pl.lit(entry.diverged)
+                trial=pl.lit(i),
+                arm=pl.lit(entry.row.arm),
+                lr0=pl.lit(entry.row.lr0),
+                diverged_at=pl.lit(entry.row.divergence_step, dtype=pl.Int64),
             )
             for i, entry in enumerate(self.entries)
             if len(entry.steps)
@@ -449,9 +497,7 @@ class Comparison:
 
     def layer_tables(self) -> list[tuple[str, pl.DataFrame]]:
         """Layer records of the best run, and of the first that diverged."""
-        best = max(
-            (e for e in self.entries if e.row.metric and not e.diverged), key=lambda e: e.score or 0, default=None
-        )
+        best = max((e for e in self.entries if e.counts and e.score), key=lambda e: e.score or 0.0, default=None)
         lost = min((e for e in self.entries if e.diverged), key=lambda e: (e.row.lr0, e.row.seed), default=None)
         if self.is_single:
             best, lost = self.entries[0], None
@@ -476,15 +522,16 @@ class Comparison:
             fewest, most = (choose(arm["diverged"] for arm in rest) for choose in (min, max))
             how = f"{fewest} each" if fewest == most else f"{fewest} to {most}"
             lost.append(f"the {len(rest)} others {how if most else 'none'}")
-        best = [
-            f"{arm['best']['metric']:.3f} ({arm['label']}, lr0 {arm['best']['lr0']:g})"
-            for arm in sorted(arms, key=lambda arm: -(arm["best"]["metric"] or 0))
-            if arm["best"]["metric"] is not None
-        ]
+        ranked = sorted(
+            (arm for arm in arms if arm["best"]["metric"] is not None), key=lambda arm: -arm["best"]["metric"]
+        )
+        if rest:  # the two best, and the first, which the others are compared with
+            ranked = [arm for i, arm in enumerate(ranked) if i < 2 or arm is arms[0]]
+        best = [f"{a['best']['metric']:.3f} ({a['label']}, lr0 {a['best']['lr0']:g})" for a in ranked]
         if not best:
             return f"{_listed(lost)}; no run has a final {self.metric_name}."
         middle = ", median over seeds" if self.num_seeds > 1 else ""
-        return f"{_listed(lost)}; best {self.metric_name}{middle}: {' against '.join(best[: MOST_NAMED - 1])}."
+        return f"{_listed(lost)}; best {self.metric_name}{middle}: {' against '.join(best)}."
 
 
 def _kind(entry: Entry | None) -> str:
@@ -511,7 +558,8 @@ def _best(entries: list[Entry]) -> tuple[dict[str, float | None], list[Entry]]:
     for lr0 in sorted({entry.row.lr0 for entry in entries}):
         here = [entry for entry in entries if entry.row.lr0 == lr0]
         scores = [entry.score for entry in here if entry.score is not None]
-        if scores and not all(entry.diverged for entry in here) and median(scores) > (best["metric"] or -1.0):
+        is_better = scores and (best["metric"] is None or median(scores) > best["metric"])
+        if is_better and not all(entry.diverged for entry in here):
             best = {"lr0": lr0, "metric": median(scores), "low": min(scores), "high": max(scores)}
             at_best = here
     return best, at_best

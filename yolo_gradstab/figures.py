@@ -86,7 +86,7 @@ def metric_against_lr(
     kept = table.filter(~pl.col("lost"), pl.col("metric").is_not_null())
     lost = table.filter("lost")
     top = _nice_top(max(kept["metric"].to_list(), default=0.0))
-    rows = arms if len(lost) else []
+    rows = [arm for arm in arms if arm in lost["arm"].to_list()]
     height_px, row_px = 300, 17
     row = top * row_px / height_px  # of the axis, per row of marks
     bottom = -(len(rows) + 0.6) * row if rows else 0.0
@@ -100,7 +100,7 @@ def metric_against_lr(
     y = alt.Y("metric:Q", scale=y_scale, title=f"final {metric}", axis=y_axis)
     tooltip = [
         alt.Tooltip("arm:N"),
-        alt.Tooltip("lr0:Q", format="~g"),
+        alt.Tooltip("lr0:Q", format=".3~g", title=rate),
         alt.Tooltip("seed:O"),
         alt.Tooltip("verdict:N"),
         alt.Tooltip("metric:Q", format=".3f", title=metric),
@@ -113,7 +113,7 @@ def metric_against_lr(
         points = kept.filter((pl.col("verdict") == "stalled") == is_stalled)
         if len(points) or not is_stalled:
             mark = alt.Chart(_values(points)).mark_point(
-                filled=not is_stalled, size=46, opacity=0.9 if is_stalled else 0.6
+                filled=not is_stalled, size=64, opacity=0.9 if is_stalled else 0.6
             )
             layers.append(mark.encode(x=x, y=y, color=color, shape=shape, tooltip=tooltip))
     labels = _end_labels(medians, gap=top * 15 / height_px).mark_text(align="left", dx=8, fontSize=12.5)
@@ -162,7 +162,7 @@ def _dodged(trials: pl.DataFrame, arms: list[str]) -> pl.DataFrame:
     arm = pl.col("arm").replace_strict(places, return_dtype=pl.Float64)
     place = pl.col("seed").rank("ordinal").over("arm", "lr0", "lost").cast(pl.Float64)
     count = pl.len().over("arm", "lr0", "lost").cast(pl.Float64)
-    moved = pl.when("lost").then((place - (count + 1) / 2) * 12).otherwise(arm * min(5.0, 24 / len(arms)))
+    moved = pl.when("lost").then((place - (count + 1) / 2) * 12).otherwise(arm * min(4.0, 16 / len(arms)))
     return trials.with_columns(at=pl.col("lr0") * 10.0 ** (moved * pixel))
 
 
@@ -243,8 +243,8 @@ def trajectories(steps: pl.DataFrame, *, most_points: int = FIGURE_POINTS) -> al
 
     Args:
         steps: The step records of the trials (`step`, `loss`, `total_norm`, `clip_coef`) with the columns `trial`,
-            `arm`, `lr0` and `lost`. At most five learning rates are shown: those around the lowest at which a trial
-            was lost, or the highest.
+            `arm`, `lr0` and `diverged_at` (null where the trial did not diverge). At most five learning rates are
+            shown: those around the lowest at which a trial diverged, or the highest.
         most_points: Of all lines together; a page of several such figures shares `FIGURE_POINTS` among them.
     """
     arms = steps["arm"].unique(maintain_order=True).to_list()
@@ -262,11 +262,12 @@ def trajectories(steps: pl.DataFrame, *, most_points: int = FIGURE_POINTS) -> al
     scale = alt.Scale(domain=[0, 100])
     panels.append((_clip_share(shown), alt.Y("value:Q", scale=scale, title="clipped steps (%)")))
     charts = [
-        _panel(_ended(thin(table, points), shown), y, arms, rates, is_first=i == 0, is_last=i == len(panels) - 1)
+        _panel(_marked(thin(table, points), shown), y, arms, rates, is_first=i == 0, is_last=i == len(panels) - 1)
         for i, (table, y) in enumerate(panels)
     ]
+    is_marked = shown["diverged_at"].is_not_null().any()
     note = [
-        "A line per run, thinned so that extremes stay; a red × where one that diverged ended.",
+        "A line per run, thinned so that extremes stay" + ("; a red × where one diverged." if is_marked else "."),
         "Norms are those before clipping, the share is a rolling one.",
     ]
     if missing := [f"{count} of the {name}" for name, count in dropped.items() if count]:
@@ -280,11 +281,13 @@ def trajectories(steps: pl.DataFrame, *, most_points: int = FIGURE_POINTS) -> al
     return styled
 
 
-def _ended(table: pl.DataFrame, steps: pl.DataFrame) -> pl.DataFrame:
-    """`end` is 1 at the last point of a run that was lost."""
-    lost = steps.filter("lost")["trial"].unique().to_list()
-    is_last = pl.col("step") == pl.col("step").max().over("trial")
-    return table.with_columns(end=(is_last & pl.col("trial").is_in(lost)).cast(pl.Int64))
+def _marked(table: pl.DataFrame, steps: pl.DataFrame) -> pl.DataFrame:
+    """`mark` is 1 at the last point of a run up to the step it diverged at."""
+    diverged_at = steps.group_by("trial").agg(pl.col("diverged_at").first())
+    until = pl.when(pl.col("step") <= pl.col("diverged_at")).then(pl.col("step"))
+    is_last = pl.col("step") == until.max().over("trial")
+    table = table.join(diverged_at, on="trial", how="left", maintain_order="left")
+    return table.with_columns(mark=is_last.fill_null(value=False).cast(pl.Int64)).drop("diverged_at")
 
 
 def thin(table: pl.DataFrame, points: int) -> pl.DataFrame:
@@ -302,11 +305,11 @@ def thin(table: pl.DataFrame, points: int) -> pl.DataFrame:
 
 
 def _columns(steps: pl.DataFrame) -> list[float]:
-    """Learning rates to show: all, or those around the lowest at which a trial was lost."""
+    """Learning rates to show: all, or those around the lowest at which a trial diverged."""
     rates: list[float] = steps["lr0"].unique().sort().to_list()
     if len(rates) <= MOST_COLUMNS:
         return rates
-    lost: list[float] = steps.filter("lost")["lr0"].unique().to_list()
+    lost: list[float] = steps.filter(pl.col("diverged_at").is_not_null())["lr0"].unique().to_list()
     edge = rates.index(min(lost)) if lost else len(rates) - 1
     first = min(max(0, edge - MOST_COLUMNS // 2), len(rates) - MOST_COLUMNS)
     return rates[first : first + MOST_COLUMNS]
@@ -334,10 +337,10 @@ def _panel(
     )
     width = (COLUMNS_PX - 14 * (len(rates) - 1)) / len(rates)
     base = alt.Chart().encode(x=alt.X("step:Q", axis=axis), y=y)
-    ends = base.transform_filter("datum.end == 1").mark_point(
+    marks = base.transform_filter("datum.mark == 1").mark_point(
         shape=MARKS["nonfinite"].path, size=40, strokeWidth=2, color=LOST, opacity=1
     )
-    layers = [base.mark_line(strokeWidth=1.1, opacity=0.65).encode(detail="trial:N", color=color), ends]
+    layers = [base.mark_line(strokeWidth=1.1, opacity=0.65).encode(detail="trial:N", color=color), marks]
     lines = alt.layer(*layers, data=_values(table))
     column = alt.Column("lr0:O", header=header, sort="ascending")
     panel: alt.FacetChart = lines.properties(width=width, height=150).facet(column=column, spacing=14)
@@ -347,12 +350,13 @@ def _panel(
 # Grids, survival, layers ----------------------------------------------------------------------------------------------
 
 
-def metric_heatmap(trials: pl.DataFrame, metric: str = "mAP50-95") -> alt.LayerChart:
+def metric_heatmap(trials: pl.DataFrame, metric: str = "mAP50-95", *, rows: str | None = None) -> alt.LayerChart:
     """Median final metric of every arm at every learning rate, with what was lost there.
 
     Args:
-        trials: As for `metric_against_lr`.
+        trials: As for `metric_against_lr`; rows are in the order of the arms.
         metric: What the metric is called.
+        rows: What the rows are, where that is not the name of an arm.
     """
     arms = trials["arm"].unique(maintain_order=True).to_list()
     is_lost = pl.col("verdict").is_in(list(MARKS))
@@ -375,7 +379,7 @@ def metric_heatmap(trials: pl.DataFrame, metric: str = "mAP50-95") -> alt.LayerC
     words = pl.when(pl.col("lost") == 0).then(text).when(pl.col("lost") == pl.col("runs")).then(every).otherwise(some)
     highest = max(cells["score"].drop_nulls().to_list(), default=0.0) or 1.0
     ink = pl.when(pl.col("lost") > 0).then(pl.lit(LOST)).otherwise(pl.lit(INK))
-    ink = pl.when(pl.col("score") > 0.55 * highest).then(pl.lit("white")).otherwise(ink)
+    ink = pl.when(pl.col("score") > 0.65 * highest).then(pl.lit("white")).otherwise(ink)
     signs_of = ", ".join(
         f"{mark.sign} {mark.words}" for name, mark in MARKS.items() if name in cells["kinds"].explode().to_list()
     )
@@ -386,7 +390,7 @@ def metric_heatmap(trials: pl.DataFrame, metric: str = "mAP50-95") -> alt.LayerC
         sort="ascending",
         axis=alt.Axis(labelExpr=_PLAIN, labelAngle=0, ticks=False, domain=False),
     )
-    y = alt.Y("arm:N", title=None, sort=arms, axis=alt.Axis(labelLimit=0, ticks=False, domain=False))
+    y = alt.Y("arm:N", title=rows, sort=arms, axis=alt.Axis(labelLimit=0, ticks=False, domain=False))
     color = alt.Color(
         "score:Q",
         scale=alt.Scale(scheme="blues", domain=[0, highest]),
@@ -401,7 +405,7 @@ def metric_heatmap(trials: pl.DataFrame, metric: str = "mAP50-95") -> alt.LayerC
     note = "Median over seeds, a run that diverged counting as 0."
     note += f" {signs_of}; k/n where only some did." if signs_of else " No run diverged."
     width = max(360, min(WIDTH_PX, 96 * cells["lr0"].n_unique()))
-    title = alt.Title(f"Final {metric} by arm and learning rate", subtitle=note)
+    title = alt.Title(f"Final {metric} by {'arm' if rows is None else 'cap'} and learning rate", subtitle=note)
     styled: alt.LayerChart = _styled(chart.properties(width=width, height=30 * len(arms), title=title))
     return styled
 
@@ -413,27 +417,43 @@ def survival(curves: pl.DataFrame) -> alt.LayerChart:
         curves: The corners of each arm's step function: `arm`, `step`, `share`.
     """
     arms = curves["arm"].unique(maintain_order=True).to_list()
-    pixel = 1.0 / 220  # of the share: curves that lie on each other are moved apart by a little
-    shift = pl.col("arm").replace_strict({arm: -3.0 * i * pixel for i, arm in enumerate(arms)}, return_dtype=pl.Float64)
-    table = curves.with_columns(percent=(pl.col("share") + shift) * 100)
-    color = alt.Color("arm:N", scale=alt.Scale(domain=arms, range=_cycled(COLORS, len(arms))), legend=None)
+    table, names = _merged(curves.with_columns(percent=pl.col("share") * 100))
+    # An arm keeps the colour it has in the other figures; several on one line have none of theirs.
+    colors = dict(zip(arms, _cycled(COLORS, len(arms)), strict=True))
+    scale = alt.Scale(domain=names, range=[colors.get(name, QUIET) for name in names])
+    color = alt.Color("arm:N", scale=scale, legend=None)
     x = alt.X("step:Q", title="optimizer step", scale=alt.Scale(nice=False), axis=alt.Axis(format="~s", tickCount=8))
-    low = -3.0 * len(arms) * pixel * 100
     y = alt.Y(
         "percent:Q",
         title="runs not diverged (%)",
-        scale=alt.Scale(domain=[low, 103], nice=False),
+        scale=alt.Scale(domain=[0, 100], nice=False),
         axis=alt.Axis(values=[0, 25, 50, 75, 100]),
     )
     lines = alt.Chart(_values(table)).mark_line(interpolate="step-after", strokeWidth=2.2).encode(x=x, y=y, color=color)
     ends = table.group_by("arm", maintain_order=True).last().sort("percent")
-    ends = ends.with_columns(pl.Series("percent", _spread(ends["percent"].to_list(), 7.5)))
+    moved = _spread(ends["percent"].to_list(), 7.5)
+    over = max(0.0, moved[-1] - 100)  # the block ends where the axis does
+    ends = ends.with_columns(pl.Series("percent", [value - over for value in moved]))
     text = alt.Chart(_values(ends)).mark_text(align="left", dx=8, fontSize=12.5)
     text = text.encode(x=alt.value(WIDTH_PX), y=y, color=color, text="arm:N")
     note = "Over all learning rates of an arm; each step down is a run that diverged."
     title = alt.Title("Runs that live on", subtitle=note)
     styled: alt.LayerChart = _styled(alt.layer(lines, text).properties(width=WIDTH_PX, height=220, title=title))
     return styled
+
+
+def _merged(curves: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
+    """Arms whose curves are the same share one line, named by all of them if they are two, or else by their number."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for arm in curves["arm"].unique(maintain_order=True).to_list():
+        corners = tuple(curves.filter(pl.col("arm") == arm).select("step", "percent").iter_rows())
+        groups.setdefault(corners, []).append(arm)
+    tables, names = [], []
+    for arms in groups.values():
+        name = " and ".join(arms) if len(arms) <= 2 else f"{arms[0]} and {len(arms) - 1} others"
+        names.append(name)
+        tables.append(curves.filter(pl.col("arm") == arms[0]).with_columns(arm=pl.lit(name)))
+    return pl.concat(tables), names
 
 
 def layer_norms(runs: list[tuple[str, pl.DataFrame]]) -> alt.VConcatChart:
@@ -444,6 +464,11 @@ def layer_norms(runs: list[tuple[str, pl.DataFrame]]) -> alt.VConcatChart:
             each shows its largest norm.
     """
     charts = []
+    norms = pl.concat([layers["grad_norm"] for _, layers in runs])
+    norms = norms.filter(norms.is_finite() & (norms > 0))
+    low, high = _extremes(norms) if len(norms) else (1.0, 1.0)
+    whole = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+    powers = list(whole[:: max(1, math.ceil(len(whole) / 8))])
     for name, layers in runs:
         order = sorted(layers["layer"].unique().to_list(), key=_stage)
         last = layers["step"].max()
@@ -465,7 +490,7 @@ def layer_norms(runs: list[tuple[str, pl.DataFrame]]) -> alt.VConcatChart:
             color=alt.Color(
                 "log:Q",
                 scale=alt.Scale(scheme="viridis"),
-                legend=alt.Legend(title="norm", labelExpr="format(pow(10, datum.value), '.1e')"),
+                legend=alt.Legend(title="norm", values=powers, labelExpr="format(pow(10, datum.value), '.0e')"),
             ),
             tooltip=[alt.Tooltip("layer:N"), alt.Tooltip("step:Q"), alt.Tooltip("grad_norm:Q", format=".3g")],
         )

@@ -18,7 +18,7 @@ import msgspec
 import polars as pl
 from markupsafe import Markup
 
-from yolo_gradstab import figures, stats
+from yolo_gradstab import figures
 from yolo_gradstab.comparison import DIVERGED, Comparison, NotShown, ReportError, Row, gather
 from yolo_gradstab.runs import replacing
 from yolo_gradstab.telemetry import Run
@@ -35,11 +35,11 @@ FOLDED_RUNS = 40  # more rows than these are folded away in the page
 def build_report(paths: str | Path | Iterable[str | Path], out: str | Path | None = None) -> Path:
     """Write `report.html`, `report.md`, `summary.json` and `trials.csv`; returns the page's path.
 
-    In `summary.json`, `trials` of an arm are those that count: ended, and not failed for a reason that is not the
-    training's. `best` is at the learning rate with the highest median over seeds (a run that diverged counts as 0),
-    with the smallest and the largest of its seeds; `clipped_share` and `lr_eff` are medians of the runs at that rate;
-    `seconds` are all its runs together, `compute_saved` the seconds that ending diverged runs early has spared. What is
-    null has a reason.
+    In `summary.json`, `trials` of an arm are those that count: run to their end, or diverged; what was stopped or
+    failed for a reason that is not the training's, or goes on, is counted apart. `best` is at the learning rate with
+    the highest median over seeds (a run that diverged counts as 0), with the smallest and the largest of its seeds;
+    `clipped_share` and `lr_eff` are medians of the runs at that rate; `seconds` are all its runs together,
+    `compute_saved` the seconds that ending diverged runs early has spared. What is null has a reason.
 
     Args:
         paths: Run folders and sweep folders, mixed.
@@ -123,7 +123,8 @@ def _charts(comparison: Comparison, most_points: int) -> dict[str, Any]:
     if not comparison.is_single and len(trials):
         charts["metric"] = figures.metric_against_lr(trials, name)
         if len(comparison.labels) >= HEATMAP_ARMS:
-            charts["grid"] = figures.metric_heatmap(trials, name)
+            cells, rows = comparison.grid_table()
+            charts["grid"] = figures.metric_heatmap(cells, name, rows=rows)
         effective = _at_effective_rates(trials)
         if len(effective):
             charts["effective"] = figures.metric_against_lr(effective, name, rate="effective learning rate")
@@ -154,7 +155,6 @@ def _context(comparisons: list[Comparison], not_shown: list[NotShown]) -> dict[s
         "comparisons": comparisons,
         "not_shown": not_shown,
         "num_runs": len(runs),
-        "seeds_note": stats.seeds_note(min((comparison.fewest_seeds for comparison in comparisons), default=0)),
         "diverged": DIVERGED,
         "folded_runs": FOLDED_RUNS,
         "has_stock": any(
@@ -228,8 +228,8 @@ def _fixed(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}"
+def _signed(value: float | None, decimals: int = 3) -> str:
+    return "–" if value is None else f"{value:+.{decimals}f}"
 
 
 def _percent(value: float | None) -> str:
