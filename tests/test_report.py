@@ -309,7 +309,9 @@ def test_page_is_one_file_and_opens_offline(sweep: Path) -> None:
 
 def test_text_from_data_stays_text(tmp_path: Path) -> None:
     reason = "bad `x` | <script>alert(1)</script> $x$\nsecond line"
-    run = write_run(tmp_path / "a<b>|c", status=Status(outcome="diverged", step=60, reason=reason))
+    run = write_run(
+        tmp_path / "a<b>|c", status=Status(outcome="diverged", divergence="nonfinite", step=60, reason=reason)
+    )
     text = build_report([run], tmp_path / "out").read_text()
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text

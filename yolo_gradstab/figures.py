@@ -121,7 +121,7 @@ def metric_against_lr(
     kinds = [kind for kind in MARKS if kind in lost["verdict"].to_list()]
     if rows:
         zero = alt.Chart(_values(pl.DataFrame({"metric": [0.0]}))).mark_rule(color=QUIET).encode(y=y)
-        layers = [zero, *layers, _lost_heading(bottom, y_scale)]
+        layers = [zero, *layers, _lost_heading(-(len(rows) + 1) / 2 * row, y_scale)]
         for kind in kinds:
             mark = alt.Chart(_values(lost.filter(pl.col("verdict") == kind))).mark_point(
                 shape=MARKS[kind].path, filled=MARKS[kind].filled, size=58, strokeWidth=2.2, opacity=1
@@ -195,8 +195,8 @@ def _spread(values: list[float], gap: float) -> list[float]:
     return moved
 
 
-def _lost_heading(bottom: float, scale: alt.Scale) -> alt.Chart:
-    table = pl.DataFrame({"y": [bottom / 2], "text": ["lost"]})
+def _lost_heading(height: float, scale: alt.Scale) -> alt.Chart:
+    table = pl.DataFrame({"y": [height], "text": ["lost"]})
     mark = alt.Chart(_values(table)).mark_text(align="right", dx=-8, color=QUIET, fontSize=12)
     heading: alt.Chart = mark.encode(x=alt.value(0), y=alt.Y("y:Q", scale=scale), text="text:N")
     return heading
@@ -431,10 +431,10 @@ def survival(curves: pl.DataFrame) -> alt.LayerChart:
     )
     lines = alt.Chart(_values(table)).mark_line(interpolate="step-after", strokeWidth=2.2).encode(x=x, y=y, color=color)
     ends = table.group_by("arm", maintain_order=True).last().sort("percent")
-    moved = _spread(ends["percent"].to_list(), 7.5)
+    moved = _spread(ends["percent"].to_list(), 7.5 if len(names) == len(arms) else 14.0)  # of one line, or two
     over = max(0.0, moved[-1] - 100)  # the block ends where the axis does
     ends = ends.with_columns(pl.Series("percent", [value - over for value in moved]))
-    text = alt.Chart(_values(ends)).mark_text(align="left", dx=8, fontSize=12.5)
+    text = alt.Chart(_values(ends)).mark_text(align="left", dx=8, fontSize=12.5, lineBreak="\n")
     text = text.encode(x=alt.value(WIDTH_PX), y=y, color=color, text="arm:N")
     note = "Over all learning rates of an arm; each step down is a run that diverged."
     title = alt.Title("Runs that live on", subtitle=note)
@@ -443,14 +443,15 @@ def survival(curves: pl.DataFrame) -> alt.LayerChart:
 
 
 def _merged(curves: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
-    """Arms whose curves are the same share one line, named by all of them if they are two, or else by their number."""
+    """Arms whose curves are the same share one line, named by both if they are two, or else by the first."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for arm in curves["arm"].unique(maintain_order=True).to_list():
         corners = tuple(curves.filter(pl.col("arm") == arm).select("step", "percent").iter_rows())
         groups.setdefault(corners, []).append(arm)
     tables, names = [], []
     for arms in groups.values():
-        name = " and ".join(arms) if len(arms) <= 2 else f"{arms[0]} and {len(arms) - 1} others"
+        more = arms[1:] if len(arms) <= 2 else [f"{len(arms) - 1} others"]
+        name = "\nand ".join([arms[0], *more])
         names.append(name)
         tables.append(curves.filter(pl.col("arm") == arms[0]).with_columns(arm=pl.lit(name)))
     return pl.concat(tables), names
