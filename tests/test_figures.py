@@ -29,13 +29,13 @@ def trials(**columns: Any) -> pl.DataFrame:
 def steps(num_steps: int = 30, rates: tuple[float, ...] = (0.01, 0.1), lost: float | None = None) -> pl.DataFrame:
     rows = [
         {
-            "trial": trial, "arm": f"arm {trial % 2}", "lr0": lr0, "lost": lost is not None and lr0 >= lost, "step": i,
-            "loss": 10.0 + i, "total_norm": 5.0, "clip_coef": 0.5 if i % 2 else 1.0,
+            "trial": trial, "arm": f"arm {trial % 2}", "lr0": lr0, "step": i, "loss": 10.0 + i, "total_norm": 5.0,
+            "clip_coef": 0.5 if i % 2 else 1.0, "diverged_at": 20 if lost is not None and lr0 >= lost else None,
         }
         for trial, lr0 in enumerate([rate for rate in rates for _ in range(2)])
         for i in range(num_steps)
     ]  # fmt: skip
-    return pl.DataFrame(rows)
+    return pl.DataFrame(rows, schema_overrides={"diverged_at": pl.Int64})
 
 
 def tables(chart: Any) -> list[list[dict[str, str]]]:
@@ -123,9 +123,9 @@ def test_a_range_test_shows_where_it_broke(tmp_path: Path) -> None:
     assert figures.save(chart, tmp_path / "x.svg").read_text().startswith("<svg")
 
 
-def test_a_run_that_diverged_ends_in_a_mark() -> None:
-    ends = [row for row in tables(figures.trajectories(steps(lost=0.1)))[0] if row["end"] == "1"]
-    assert [(row["trial"], row["step"]) for row in ends] == [("2", "29"), ("3", "29")]
+def test_a_run_that_diverged_has_a_mark_where_it_did() -> None:
+    marked = [row for row in tables(figures.trajectories(steps(lost=0.1)))[0] if row["mark"] == "1"]
+    assert [(row["trial"], row["step"]) for row in marked] == [("2", "20"), ("3", "20")]
 
 
 @pytest.mark.parametrize("metric", [[None] * 8, [0.0] * 8, [1.0] * 8])
