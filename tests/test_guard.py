@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from yolo_gradstab.guard import DivergenceWatch, Finding, find_divergences
+from yolo_gradstab.guard import Divergence, DivergenceWatch, find_divergences
 
 # A run of yolo11n, SGD at 0.1 without clipping, that ended at a loss of 1e-8 and mAP 0 (ALGORITHMS F14).
 LOSSES = [227, 218, 201, 241, 200, 391, 4240, 14216, 268, 237, 161, 7681, 2.25e8, 0.0099, 0.0011, 0.0033]
@@ -28,7 +28,7 @@ def table(losses: Any, norms: Any = None, skipped: Any = None, first: int = 0) -
     return pl.DataFrame(columns)
 
 
-def kinds(found: list[Finding]) -> list[tuple[str, int]]:
+def kinds(found: list[Divergence]) -> list[tuple[str, int]]:
     return [(finding.kind, finding.step) for finding in found]
 
 
@@ -108,9 +108,9 @@ def test_weights_and_variances_that_grow_are_a_collapse() -> None:
     assert watch.add_state(0, weight_norms={"model.0": 2.0, "model.23": 0.0}, running_var=1.0) is None
     assert watch.add_state(10, weight_norms={"model.0": 199.0, "model.23": 5.0}, running_var=9.9e7) is None
     found = watch.add_state(20, weight_norms={"model.0": 201.0, "model.23": 5.0}, running_var=1.0)
-    assert found == Finding("collapse", 20, "the weights of model.0 are 100 times their start")
+    assert found == Divergence("collapse", 20, "the weights of model.0 are 100 times their start")
     found = DivergenceWatch().add_state(5, weight_norms={}, running_var=2e8)
-    assert found == Finding("collapse", 5, "a BatchNorm running variance is 2e+08")
+    assert found == Divergence("collapse", 5, "a BatchNorm running variance is 2e+08")
     layers = pl.DataFrame(
         {"step": [0, 0, 10, 10, 20, 20], "layer": ["a", "b"] * 3, "weight_norm": [1.0, 1.0, 2.0, 101.0, 300.0, 500.0]}
     )

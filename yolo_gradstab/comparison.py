@@ -18,7 +18,7 @@ import polars as pl
 
 from yolo_gradstab import stats
 from yolo_gradstab.config import CLIP_POLICIES
-from yolo_gradstab.guard import NO_QUALITY, Finding, find_divergences
+from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
 from yolo_gradstab.runs import RunError, RunFolder
 from yolo_gradstab.stats import Estimate
 from yolo_gradstab.sweep import METRICS, Spec, Trial, final_metric, plan, read_trial
@@ -139,7 +139,7 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
     )
 
 
-def _judge(run: Run) -> tuple[Verdict, Finding | None, str]:
+def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
     """What became of a run, its divergence if it had one, and why, in words.
 
     A run that says itself that it diverged is believed; the others are judged by their records, with the same function.
@@ -154,7 +154,7 @@ def _judge(run: Run) -> tuple[Verdict, Finding | None, str]:
             (e for e in run.events if e.get("event") == "divergence" and e.get("kind") == status.divergence), {}
         )
         step = event.get("step")
-        found = Finding(status.divergence, step if isinstance(step, int) else max(0, status.step - 1), reason)
+        found = Divergence(status.divergence, step if isinstance(step, int) else max(0, status.step - 1), reason)
         return status.divergence, found, reason
     if status.outcome == "completed" and map50 is not None and map50 >= NO_QUALITY:
         events = (event for event in run.events if event.get("event") == "divergence")
@@ -169,7 +169,7 @@ def _judge(run: Run) -> tuple[Verdict, Finding | None, str]:
         words = f"{found.kind} at step {found.step}: {found.reason}"
         return found.kind, found, "; ".join(text for text in (reason, words) if text)
     if gave_up or status.outcome == "diverged":  # a status can say so and not of which kind
-        return "nonfinite", Finding("nonfinite", max(0, len(run.steps) - 1), reason), reason
+        return "nonfinite", Divergence("nonfinite", max(0, len(run.steps) - 1), reason), reason
     if map50 is not None and map50 < NO_QUALITY:
         return "stalled", None, reason
     return "kept", None, reason

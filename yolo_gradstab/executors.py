@@ -22,7 +22,7 @@ from typing import Any, Literal
 import msgspec
 import polars as pl
 
-from yolo_gradstab.runs import Divergence, Outcome, RunError, RunFolder, Status, terminable
+from yolo_gradstab.runs import DivergenceKind, Outcome, RunError, RunFolder, Status, terminable
 from yolo_gradstab.telemetry import read_run
 from yolo_gradstab.trial import (
     ENDED,
@@ -61,7 +61,7 @@ class TrialState(msgspec.Struct, kw_only=True):
 
     trial: Trial
     outcome: Outcome | None = None
-    divergence: Divergence | None = None
+    divergence: DivergenceKind | None = None
     step: int = 0
     loss: float | None = None
     total_norm: float | None = None

@@ -28,9 +28,9 @@ from statistics import median
 import msgspec
 import polars as pl
 
-from yolo_gradstab.runs import Divergence
+from yolo_gradstab.runs import DivergenceKind
 
-__all__ = ["NO_QUALITY", "DivergenceWatch", "Finding", "find_divergences"]
+__all__ = ["NO_QUALITY", "Divergence", "DivergenceWatch", "find_divergences"]
 
 FIRST_STEPS = 10  # that set the scale, and before which nothing is judged
 SMOOTHING = 0.98  # of the running mean of the loss
@@ -47,10 +47,10 @@ RUNNING_VAR = 1e8
 NO_QUALITY = 1e-3  # mAP50 below which a run has learned nothing
 
 
-class Finding(msgspec.Struct, frozen=True):
+class Divergence(msgspec.Struct, frozen=True):
     """A divergence, at the optimizer step it was found at, in words."""
 
-    kind: Divergence
+    kind: DivergenceKind
     step: int
     reason: str
 
@@ -79,9 +79,9 @@ class DivergenceWatch(msgspec.Struct):
     num_small: int = 0
     num_not_applied: int = 0
     weight_norms: dict[str, float] = msgspec.field(default_factory=dict)  # of each layer when first seen
-    kinds: list[Divergence] = msgspec.field(default_factory=list)  # found so far, in order
+    kinds: list[DivergenceKind] = msgspec.field(default_factory=list)  # found so far, in order
 
-    def add(self, step: int, *, loss: float, total_norm: float, skipped: bool = False) -> Finding | None:
+    def add(self, step: int, *, loss: float, total_norm: float, skipped: bool = False) -> Divergence | None:
         """Judge one optimizer step.
 
         Args:
@@ -105,7 +105,7 @@ class DivergenceWatch(msgspec.Struct):
             self.norms.append(total_norm)
         return self._judge(step, loss, total_norm)
 
-    def _judge(self, step: int, loss: float, total_norm: float) -> Finding | None:
+    def _judge(self, step: int, loss: float, total_norm: float) -> Divergence | None:
         start, start_norm = median(self.losses), median(self.norms)
         self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * loss
         self.share = SMOOTHING * self.share + (1 - SMOOTHING)
@@ -132,7 +132,7 @@ class DivergenceWatch(msgspec.Struct):
 
     def add_state(
         self, step: int, *, weight_norms: dict[str, float], running_var: float | None = None
-    ) -> Finding | None:
+    ) -> Divergence | None:
         """Judge the model itself, at whatever steps it was looked at.
 
         Args:
@@ -148,7 +148,7 @@ class DivergenceWatch(msgspec.Struct):
             return self._found("collapse", step, f"a BatchNorm running variance is {running_var:.2g}")
         return None
 
-    def end(self, step: int, *, map50: float | None) -> Finding | None:
+    def end(self, step: int, *, map50: float | None) -> Divergence | None:
         """Judge the end of a run by its final mAP50; nothing where that is not known."""
         if map50 is None or map50 >= NO_QUALITY or len(self.losses) < FIRST_STEPS:
             return None
@@ -158,16 +158,16 @@ class DivergenceWatch(msgspec.Struct):
             return self._found("collapse", step, reason)
         return None
 
-    def _found(self, kind: Divergence, step: int, reason: str) -> Finding | None:
+    def _found(self, kind: DivergenceKind, step: int, reason: str) -> Divergence | None:
         if kind in self.kinds:
             return None
         self.kinds.append(kind)
-        return Finding(kind, step, reason)
+        return Divergence(kind, step, reason)
 
 
 def find_divergences(
     steps: pl.DataFrame, layers: pl.DataFrame | None = None, *, map50: float | None = None
-) -> list[Finding]:
+) -> list[Divergence]:
     """Every divergence of a run from its records, in order; the first is the one that counts.
 
     Args:
@@ -176,7 +176,7 @@ def find_divergences(
         map50: The run's final mAP50, for a run that has ended.
     """
     watch = DivergenceWatch()
-    found: list[Finding | None] = []
+    found: list[Divergence | None] = []
     columns = [steps[name].to_list() for name in ("step", "loss", "total_norm", "skipped")]
     for step, loss, total_norm, skipped in zip(*columns, strict=True):
         found.append(watch.add(step, loss=_number(loss), total_norm=_number(total_norm), skipped=bool(skipped)))

@@ -16,10 +16,10 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
-__all__ = ["Divergence", "Outcome", "RunError", "RunFolder", "Status", "replacing", "terminable", "versions"]
+__all__ = ["DivergenceKind", "Outcome", "RunError", "RunFolder", "Status", "replacing", "terminable", "versions"]
 
 Outcome = Literal["running", "completed", "diverged", "stopped", "failed", "interrupted"]
-Divergence = Literal["nonfinite", "blowup", "collapse"]
+DivergenceKind = Literal["nonfinite", "blowup", "collapse"]
 
 
 class RunError(ValueError):
@@ -40,7 +40,7 @@ class Status(msgspec.Struct, kw_only=True):
     """
 
     outcome: Outcome = "running"
-    divergence: Divergence | None = None
+    divergence: DivergenceKind | None = None
     step: int = 0
     reason: str | None = None
     metrics: dict[str, float | None] = msgspec.field(default_factory=dict)

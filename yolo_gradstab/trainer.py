@@ -38,7 +38,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolo_gradstab.clipping import Clipped, ClipPolicy, UpdateRatios, clip_update_, update_ratios
 from yolo_gradstab.coco.dataset import build_coco_dataset, read_data_yaml, resolved_yaml
 from yolo_gradstab.config import Config, ConfigError, build_policy, load_config, read_config_file
-from yolo_gradstab.guard import NO_QUALITY, DivergenceWatch, Finding
+from yolo_gradstab.guard import NO_QUALITY, Divergence, DivergenceWatch
 from yolo_gradstab.norms import (
     FLOAT32_NORM_LIMIT,
     GradientNorms,
@@ -176,7 +176,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._seconds_before = 0.0  # of the parts of the run before this one
         self._stop_reason: str | None = None
         self._watch = DivergenceWatch()
-        self._divergence: Finding | None = None  # the first
+        self._divergence: Divergence | None = None  # the first
         self._map50: float | None = None  # at the last validation
         self._resumed: dict[str, Any] | None = None  # the state to continue from, until the first epoch begins
         self._aligning = False  # until the first optimizer step after a resume
@@ -318,7 +318,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self.stop = True
         return wanted != "off"
 
-    def _judge(self, found: Finding | None, *, stoppable: bool = True) -> None:
+    def _judge(self, found: Divergence | None, *, stoppable: bool = True) -> None:
         """Keep the first divergence, say it, and stop where that is wanted."""
         if found is None:
             return
@@ -717,7 +717,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
                 saved["fused"] = group.get("fused")
         self.optimizer.load_state_dict(state["optimizer"])
         self._watch = msgspec.convert(state["watch"], DivergenceWatch)
-        self._divergence = msgspec.convert(state["divergence"], Finding | None)
+        self._divergence = msgspec.convert(state["divergence"], Divergence | None)
         self._step, self._attempt = state["step"], state["attempt"]
         self._seconds_before, self._last_step_batch = state["seconds"], state["last_step_batch"]
         if state["mosaic_closed"]:  # the host would close it again and draw from the loader's generator in doing so
