@@ -52,8 +52,9 @@ def write_run(
     writer.append(
         StepRecord(
             step=i, epoch=0, attempt=0, batch=i, images=16, lr=0.01 if i % 2 else 0.03, loss=loss,
-            losses={"box": 0.6 * loss, "cls": 0.4 * loss}, total_norm=norms[i] if norms else 40.0, clipped_norm=10.0, clip_coef=0.25 if i % 2 else 1.0,
-            bounded_share=None, update_ratio_max=None, nonfinite=0, skipped=False, scale=1.0, time_s=0.1 * i,
+            losses={"box": 0.6 * loss, "cls": 0.4 * loss}, total_norm=norms[i] if norms else 40.0, clipped_norm=10.0,
+            clip_coef=0.25 if i % 2 else 1.0, bounded_share=None, update_ratio_max=None, nonfinite=0, skipped=False,
+            scale=1.0, time_s=0.1 * i,
         ).row()
         for i, loss in enumerate(losses)
     )  # fmt: skip
@@ -230,7 +231,7 @@ def test_summary_holds_the_contract_and_says_why_values_are_null(sweep: Path) ->
     # means .31 and 0: (0 + .31) / 2; and .31, .41: (.1 + 0) / 2
     assert stock["quality_sensitivity"] == pytest.approx(0.155)
     assert bounded["quality_sensitivity"] == pytest.approx(0.05)
-    # validation loss 5 - 2 metric: mean 4.38; diverged runs count as the first step's training loss in these components, 200
+    # validation loss 5 - 2 metric: mean 4.38; diverged runs count as the first step's training loss, 200
     assert stock["lr_sensitivity"] == pytest.approx((200 - 4.38) / 2)
     # .31 -> 0 over a decade: within 5 % for a twentieth of it
     assert stock["basin_decades"] == pytest.approx(0.05)
