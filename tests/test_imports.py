@@ -18,7 +18,8 @@ def loaded(module: str) -> set[str]:
         "yolo_gradstab", "yolo_gradstab.config", "yolo_gradstab.runs", "yolo_gradstab.telemetry",
         "yolo_gradstab.figures", "yolo_gradstab.report", "yolo_gradstab.sweep", "yolo_gradstab.cli",
         "yolo_gradstab.coco", "yolo_gradstab.guard", "yolo_gradstab.comparison",
-        "yolo_gradstab.stats", "yolo_gradstab.executors", "yolo_gradstab.trial",
+        "yolo_gradstab.stats", "yolo_gradstab.executors", "yolo_gradstab.trial", "yolo_gradstab.diagnosis",
+        "yolo_gradstab.audit",
     ],
 )  # fmt: skip
 def test_reading_results_loads_neither_torch_nor_the_host(module: str) -> None:

@@ -32,6 +32,7 @@ yolo-gradstab: Ultralytics YOLO training with gradients measured, clipped and re
   yolo-gradstab lr-range task=detect data=... model=... optimizer=SGD    bracket the stable learning rates
                          [lr_min=1e-5] [lr_max=1] [steps=150] [out=runs/lr_range]
   yolo-gradstab report DIR [DIR ...] [out=DIR]   report.html, report.md, summary.json, trials.csv
+  yolo-gradstab diagnose RUN [format=json]       what went wrong in a run, or in a checkpoint (.pt), in words
   yolo-gradstab bench [format=json]              what a step costs, against stock and against how others log
   yolo-gradstab data check   coco=FILE.json images=DIR [task=detect|pose|segment] [format=json]
   yolo-gradstab data convert coco=FILE.json images=DIR out=DIR [task=...]              YOLO labels
@@ -389,6 +390,28 @@ def _report(words: list[str]) -> int:
     return 0
 
 
+def _diagnose(words: list[str]) -> int:
+    """Findings of a run or of a checkpoint, most important first; finding something is no failure."""
+    from yolo_gradstab.audit import audit_checkpoint
+    from yolo_gradstab.diagnosis import diagnose, records_of
+    from yolo_gradstab.telemetry import read_run
+
+    if not words or "=" in words[0]:
+        raise UsageError("diagnose: give a run folder or a checkpoint first, e.g. `yolo-gradstab diagnose RUN`")
+    options = _options("diagnose", _pairs(words[1:]), required=(), optional={"format": "text"})
+    _choice("format", options["format"], ("text", "json"))
+    path = words[0]
+    findings = audit_checkpoint(path) if path.endswith(".pt") else diagnose(records_of(read_run(path)))
+    if options["format"] == "json":
+        print(msgspec.json.format(msgspec.json.encode({"run": path, "findings": findings})).decode())
+        return 0
+    if all(finding.severity == "info" for finding in findings):
+        print("Nothing wrong was found.")
+    for finding in findings:
+        print(finding.text())
+    return 0
+
+
 # Rates that show the regimes on the drawn sets: stock's best, above it, and where stock is lost.
 DEMO_RATES = [0.03, 0.1, 1.0]
 
@@ -532,4 +555,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sweep": _sweep,
     "lr-range": _lr_range,
     "report": _report,
+    "diagnose": _diagnose,
 }

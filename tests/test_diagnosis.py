@@ -1,0 +1,604 @@
+"""`yolo_gradstab.diagnosis` on made records with known answers: each kind, a near miss of it, and what comes first."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import polars as pl
+import pytest
+import yaml
+
+from yolo_gradstab.cli import main
+from yolo_gradstab.config import config_keys, load_config
+from yolo_gradstab.diagnosis import GAINS, KINDS, Finding, IncidentRecord, Records, diagnose, records_of
+from yolo_gradstab.runs import RunError, RunFolder, Status
+from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, PartWriter, read_run
+
+STAGES = [*range(11), 13, 16, 17, 19, 20, 22, 23]  # of yolo26: those with parameters
+SMALL = {17: 0.03, 19: 0.05, 20: 2e-5, 22: 4e-5}  # gradients of neck levels with few positives
+ARGS = {
+    "model": "yolo26n.yaml", "data": "my.yaml", "optimizer": "SGD", "lr0": 0.01, "momentum": 0.937, "epochs": 50,
+    "warmup_epochs": 3.0, "close_mosaic": 5, "batch": 16, "nbs": 64, "task": "detect", "pretrained": True, **GAINS,
+}  # fmt: skip
+NUM = 200
+
+
+def run(
+    *,
+    num: int = NUM,
+    loss: Any = None,
+    norm: Any = None,
+    ratio: float = 2e-3,
+    growth: float = 1.0,
+    stages: dict[int, float] | None = None,
+    parts: dict[str, Any] | None = None,
+    clip: float = 1.0,
+    columns: dict[str, Any] | None = None,
+    args: dict[str, Any] | None = None,
+    map50: float | None = 0.3,
+    outcome: str = "completed",
+    divergence: str | None = None,
+    **more: Any,
+) -> Records:
+    """A healthy run of 4 steps an epoch, changed where a test says so.
+
+    Args:
+        growth: Of the weights from step 20 on.
+        stages: The first step's gradient of a stage, times what is usual.
+        parts: Components of the loss, in shares of it.
+    """
+    noise = np.random.default_rng(0).lognormal(sigma=0.2, size=num)
+    losses = np.geomspace(200, 60, num) * noise if loss is None else np.array(loss, dtype=float)
+    norms = np.geomspace(700, 1500, num) * noise if norm is None else np.array(norm, dtype=float)
+    step = np.arange(num)
+    shares = {"box": 0.6, "cls": 0.35, "l1": 0.05} if parts is None else parts
+    table = {
+        "step": step, "epoch": step // 4, "attempt": 0 * step, "batch": step, "images": 0 * step + 64,
+        "lr": 0.01 * np.minimum(1, step / 12) * (1 - 0.99 * step / num), "loss": losses,
+        **{f"loss_{name}": share * np.nan_to_num(losses, nan=1.0) for name, share in shares.items()},
+        "total_norm": norms, "clipped_norm": clip * norms, "clip_coef": 0.0 * step + clip,
+        "nonfinite": 0 * step, "skipped": step < 0, "scale": 0.0 * step + 1, **(columns or {}),
+    }  # fmt: skip
+    rows = []
+    for at in range(0, num, 10):
+        for stage in STAGES:
+            usual = 10 * math.exp(-0.2 * min(stage, 10) + 2) * SMALL.get(stage, 1.0)
+            changed = (stages or {}).get(stage, 1.0) if at == 0 else 1.0
+            weight = (5.0 + stage) * (growth if at >= 20 else 1.0)
+            rows.append((at, f"model.{stage}", usual * changed, weight, ratio if at else 0.0, 0))
+    layers = pl.DataFrame(rows, schema=LAYER_SCHEMA, orient="row")
+    status = Status(outcome=outcome, divergence=divergence, step=num)  # type: ignore[arg-type]
+    values = {"args": ARGS | (args or {}), "config": {"clip": {"policy": "norm"}}, "status": status, "map50": map50}
+    records = Records(steps=pl.DataFrame(table), layers=layers, **(values | more))
+    return msgspec.structs.replace(
+        records,
+        incidents=[msgspec.convert(i, IncidentRecord) for i in records.incidents],  # plain in the tests
+    )
+
+
+def lost(kind: str = "collapse", **more: Any) -> Records:
+    """The same, lost at step 60 by a loss that leaves and then is nothing at all."""
+    loss, norm = np.full(NUM, 200.0), np.full(NUM, 700.0)
+    if kind == "collapse":
+        loss[60:], norm[60:] = 1e-8, 1e-5
+    elif kind == "blowup":
+        loss[60:], norm[60:] = 3e4, 7e6
+    else:
+        loss[60:], norm[60:] = math.nan, math.nan
+    return run(loss=loss, norm=norm, **({"map50": 0.0, "outcome": "diverged", "divergence": kind} | more))
+
+
+def incident(step: int = 30, reason: str = "nonfinite_gradient", **more: Any) -> dict[str, Any]:
+    image = {"path": "good.jpg", "min": 0.0, "max": 1.0, "labels": 2, "hash": "a field that is not known here"}
+    return {"step": step, "reason": reason, "loss": 5.0, "losses": {"box": 3.0}, "images": [image], **more}
+
+
+def skip(step: int = 30, reason: str = "nonfinite_gradient", **more: Any) -> dict[str, Any]:
+    tensors = ["model.2.conv.weight", "model.4.conv.weight"]
+    return {"event": "skip", "step": step, "reason": reason, "num_tensors": 20, "tensors": tensors, **more}
+
+
+def spoiled(step: int) -> dict[str, Any]:
+    """The columns of a run with one such step."""
+    at = np.arange(NUM) == step
+    return {"nonfinite": at.astype(int), "skipped": at}
+
+
+def bad(where: str, **more: Any) -> dict[str, Any]:
+    return {"where": where, "module": "model.6.m.0", "type": "Divide", "input_max": 8.0, "output_max": 9.0, **more}
+
+
+def fp16(num: int, steps: list[int]) -> dict[str, Any]:
+    at = np.isin(np.arange(num), steps)
+    return {"skipped": at, "nonfinite": at.astype(int), "scale": 65536.0 * 0.5 ** np.cumsum(at)}
+
+
+NAN_IMAGE = {"path": "nan.jpg", "nonfinite": 12, "bad_pixels": True}
+HUGE_IMAGE = {"path": "huge.jpg", "min": 0.0, "max": 3e6, "bad_pixels": True}
+BAD_BOX = {"path": "box.jpg", "max": 1.0, "bad_labels": True, "problems": ["box 2 has zero size"]}
+INIT = {"event": "init", "step": 0, "tensors": [{"name": "model.3.conv.weight", "scale": 1000.0}]}
+DEAD = {"event": "dead", "step": 80, "tensors": ["model.5.conv.weight"], "steps": 60}
+HOT = {"ratio": 0.1, "growth": 12.0}
+SPIKE = np.where(np.arange(NUM) == 90, 2500.0, 150.0 * np.random.default_rng(1).lognormal(sigma=0.1, size=NUM))
+LEAP = np.where(np.arange(NUM) >= 180, 300.0, 150.0)  # at epoch 45, where the mosaic closes
+
+# Kind: records whose first finding it must be, its severity there, and near misses that must not have it.
+CASES: dict[str, tuple[Records, str, list[Records]]] = {
+    "bad_images": (
+        run(incidents=[incident(images=[NAN_IMAGE, BAD_BOX])], events=[skip()], columns=spoiled(30)),
+        "error",
+        [run(incidents=[incident(images=[{"path": "good.jpg", "max": 1.0}])], events=[skip()])],
+    ),
+    "bad_labels": (
+        run(incidents=[incident(images=[BAD_BOX], first_bad=bad("loss"))], events=[skip()], columns=spoiled(30)),
+        "error",
+        # labels enter at the loss: what goes bad before it is not theirs
+        [run(incidents=[incident(images=[BAD_BOX], first_bad=bad("forward"))], events=[skip()])],
+    ),
+    "module_fault": (
+        run(incidents=[incident(first_bad=bad("forward"))], events=[skip()], columns=spoiled(30)),
+        "error",
+        [
+            run(incidents=[incident(first_bad=bad("forward", input_max=1e20))], events=[skip()]),
+            run(incidents=[incident(first_bad=bad("forward"), nonfinite_weights=["model.6.m.0.w"])], events=[skip()]),
+            run(incidents=[incident(first_bad=bad("forward"), images=[NAN_IMAGE])], events=[skip()]),
+            run(incidents=[incident(reason="spike", first_bad=bad("forward", what="amplified"))]),
+        ],
+    ),
+    "bad_init": (run(events=[INIT]), "warning", [run(events=[INIT | {"tensors": []}])]),
+    "dead_loss_component": (
+        run(parts={"box": 0.0, "cls": 0.9, "l1": 0.1}, args={"box": 0.0}),
+        "warning",
+        [run(parts={"box": 1e-6, "cls": 0.9, "l1": 0.1}), run(parts={"box": 0.0})],
+    ),
+    "loss_imbalance": (
+        run(parts={"box": 0.01, "cls": 0.985, "l1": 0.005}, args={"cls": 500.0}),
+        "warning",
+        [run(parts={"box": 0.02, "cls": 0.975, "l1": 0.005}), run(args={"cls": 5.0})],
+    ),
+    "exploding": (
+        run(stages=dict.fromkeys(range(8, 11), 50000.0)),
+        "warning",
+        [run(stages=dict.fromkeys(range(5), 20.0)), run(stages={9: 5e4}, args={"model": "yolo26n.pt"})],
+    ),
+    "vanishing": (
+        run(stages=dict.fromkeys(range(11), 1e-05)),
+        "warning",
+        [run(stages=dict.fromkeys(range(11), 0.02)), run(stages={3: 1e-5})],  # one stage is not the depth
+    ),
+    "lr_too_high": (
+        lost(**HOT, args={"lr0": 0.3}),
+        "error",
+        [lost(ratio=5e-3), run(ratio=2e-2), run(growth=2.5, ratio=0.025)],
+    ),
+    "amp_overflow": (
+        run(
+            columns=fp16(NUM, [*range(8), *range(100, 190, 9)]),
+            events=[skip(step, "scaler_overflow") for step in [*range(8), *range(100, 190, 9)]],
+        ),
+        "warning",
+        [run(columns=fp16(NUM, [0, 1, 150]), events=[skip(step, "scaler_overflow") for step in (0, 1, 150)])],
+    ),
+    "amp_calibration": (
+        run(columns=fp16(NUM, list(range(8))), events=[skip(step, "scaler_overflow") for step in range(8)]),
+        "info",
+        [run()],
+    ),
+    "nonfinite_weights": (
+        run(
+            incidents=[incident(nonfinite_weights=["model.0.conv.weight"])], events=[skip()], columns=spoiled(30),
+            map50=None, outcome="running",
+        ),
+        "error",
+        [run(incidents=[incident()], events=[skip()])],
+    ),
+    "nonfinite_loss": (
+        run(
+            incidents=[incident(loss=None, losses={"box": 3.0, "cls": None})], events=[skip()],
+            columns=spoiled(30) | {"loss": [math.nan if i == 30 else 100.0 for i in range(NUM)]},
+            map50=None, outcome="running",
+        ),
+        "error",
+        [run(incidents=[incident()], events=[skip()], columns=spoiled(30))],
+    ),
+    "nonfinite_gradient": (
+        run(events=[skip()], columns=spoiled(30), map50=None, outcome="running"),
+        "error",
+        [run(columns=fp16(NUM, [0, 1]), events=[skip(0, "scaler_overflow"), skip(1, "scaler_overflow")])],
+    ),
+    "loss_blowup": (lost("blowup"), "error", [run(loss=SPIKE)]),
+    "silent_collapse": (lost(), "error", [run(loss=np.geomspace(200, 1, NUM))]),
+    "dead_layer": (run(events=[DEAD]), "warning", [run(events=[DEAD], args={"freeze": 6})]),
+    "stalled": (run(loss=np.full(NUM, 190.0), map50=0.0), "warning", [run(num=80, map50=0.0), run(map50=0.002)]),
+    "loss_spike": (run(loss=SPIKE), "warning", [run(loss=np.where(np.arange(NUM) == 90, 400.0, 150.0))]),
+    "benign_jump": (run(loss=LEAP), "info", [run(loss=LEAP, args={"close_mosaic": 0})]),
+    "always_clipped": (run(clip=0.02), "info", [run(columns={"clip_coef": np.where(np.arange(NUM) < 90, 0.1, 1.0)})]),
+}  # fmt: skip
+
+
+def kinds(records: Records, *severities: str) -> list[str]:
+    return [finding.kind for finding in diagnose(records) if not severities or finding.severity in severities]
+
+
+def the(kind: str, records: Records) -> Finding:
+    (found,) = (finding for finding in diagnose(records) if finding.kind == kind)
+    return found
+
+
+def test_a_healthy_run_has_nothing() -> None:
+    assert diagnose(run()) == []
+
+
+def test_every_kind_has_a_case() -> None:
+    assert set(CASES) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_fault_is_named_first(kind: str) -> None:
+    records, severity, _ = CASES[kind]
+    first = diagnose(records)[0]
+    assert (first.kind, first.severity) == (kind, severity)
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_a_near_miss_is_not_named(kind: str) -> None:
+    for i, records in enumerate(CASES[kind][2]):
+        assert kind not in kinds(records, "error", "warning"), i
+
+
+def everything() -> list[Finding]:
+    extra = [
+        lost(**HOT, args={"lr0": 0.3, "momentum": 0.99}),
+        lost(**HOT, args={"warmup_epochs": 0.0}, config={"clip": {"policy": "none"}}),
+        run(events=[skip() | {"event": "nonfinite"}], columns=spoiled(30)),
+        run(parts={"box": 0.99, "cls": 0.005, "l1": 0.005}),
+        run(parts={"box": 0.99, "odd": 0.0}),
+        run(clip=0.02, config={"clip": {"policy": "agc"}}),
+        run(ratio=0.02, loss=np.full(NUM, 190.0), map50=0.0),
+    ]
+    return [finding for records in [*(case[0] for case in CASES.values()), *extra] for finding in diagnose(records)]
+
+
+def test_every_advice_is_a_sentence_naming_keys_that_exist_with_values_they_take() -> None:
+    from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
+
+    for finding in everything():
+        advice = finding.advice
+        assert advice.endswith(".") and ". " not in advice, advice
+        pairs = re.findall(r"([a-z_0-9.]+)=(\[[^\]]*\]|\S*[^\s.,;:])", advice)
+        assert pairs, advice
+        for key, value in pairs:
+            if key in DEFAULT_CFG_DICT:
+                assert get_cfg(DEFAULT_CFG_DICT, {key: yaml.safe_load(value)})
+            else:
+                assert key in config_keys(), advice
+                load_config({key: value if re.match("[a-z]", value) else float(value)})
+
+
+def test_findings_are_strict_json_and_print_with_evidence() -> None:
+    def refuse(word: str) -> None:
+        raise AssertionError(word)
+
+    found = everything()
+    json.loads(msgspec.json.encode(found), parse_constant=refuse)
+    assert msgspec.json.decode(msgspec.json.encode(found), type=list[Finding]) == found
+    for finding in found:
+        assert finding.evidence, finding.kind
+        assert finding.text().startswith(f"{finding.severity}: {finding.kind}")
+    text = the("lr_too_high", lost(**HOT, args={"lr0": 0.3})).text()
+    assert "  update over weight of the median stage, highest: 0.1 (threshold 0.01)\n" in text
+    assert text.endswith("  advice: Lower the rate of 0.3 to lr0=0.009, or bound the update with update_clip=0.03.")
+
+
+def test_the_default_gains_are_the_hosts() -> None:
+    from ultralytics.cfg import DEFAULT_CFG_DICT
+
+    assert {name: DEFAULT_CFG_DICT[name] for name in GAINS} == GAINS
+
+
+def test_it_is_a_pure_function() -> None:
+    records = CASES["lr_too_high"][0]
+    before = records.steps.clone(), records.layers.clone(), msgspec.json.encode(records.events)
+    assert diagnose(records) == diagnose(records)
+    assert before[0].equals(records.steps) and before[1].equals(records.layers)
+    assert before[2] == msgspec.json.encode(records.events)
+
+
+# What comes first ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["collapse", "blowup", "nonfinite"])
+def test_the_rate_stands_before_what_it_did(kind: str) -> None:
+    symptom = {"collapse": "silent_collapse", "blowup": "loss_blowup", "nonfinite": "nonfinite_loss"}[kind]
+    found = kinds(lost(kind, **HOT), "error")
+    assert found[:2] == ["lr_too_high", symptom]
+
+
+@pytest.mark.parametrize(
+    ("more", "first"),
+    [
+        ({"incidents": [incident(60, "collapse", images=[NAN_IMAGE])]}, "bad_images"),
+        ({"events": [INIT]}, "bad_init"),
+        ({"parts": {"box": 0.01, "cls": 0.985, "l1": 0.005}, "args": {"cls": 500.0}}, "loss_imbalance"),
+        ({"stages": dict.fromkeys(range(11), 1e-05)}, "vanishing"),
+        # ...but not what a batch holds that was captured only because the run was lost, nor what came after
+        ({"incidents": [incident(60, "collapse", images=[BAD_BOX])]}, "lr_too_high"),
+        ({"incidents": [incident(150, images=[NAN_IMAGE])]}, "lr_too_high"),
+        ({"incidents": [incident(150, first_bad=bad("forward"))]}, "lr_too_high"),
+    ],
+)  # fmt: skip
+def test_the_root_cause_of_a_lost_run_is_its_first_error(more: dict[str, Any], first: str) -> None:
+    found = diagnose(lost(**HOT, **more))
+    assert (found[0].kind, found[0].severity) == (first, "error")
+    assert {"lr_too_high", "silent_collapse"} <= {finding.kind for finding in found}
+
+
+def test_symptoms_stand_in_the_order_they_came() -> None:
+    loss, norm = np.full(NUM, 200.0), np.full(NUM, 700.0)
+    loss[60:70], norm[60:70] = 3e4, 7e6
+    loss[70:], norm[70:] = 1e-8, 1e-5
+    records = run(loss=loss, norm=norm, map50=0.0, outcome="diverged", divergence="blowup")
+    found = [(finding.kind, finding.step) for finding in diagnose(records) if finding.severity == "error"]
+    assert found == [("loss_blowup", 60), ("silent_collapse", 72)]
+
+
+def test_a_run_that_was_saved_has_warnings_that_still_name_the_cause() -> None:
+    loss = np.where((np.arange(NUM) >= 60) & (np.arange(NUM) < 64), 3e4, 150.0)
+    events = [
+        {"event": "divergence", "step": 60, "kind": "blowup", "reason": "", "action": "rollback"},
+        {"event": "rollback", "step": 60, "kind": "blowup", "reason": "", "to_step": 40, "lr_factor": 0.25},
+    ]
+    records = run(loss=loss, events=events, **HOT, args={"lr0": 0.3})
+    found = diagnose(records)
+    assert [(f.kind, f.severity) for f in found if f.severity != "info"] == [
+        ("lr_too_high", "warning"), ("loss_blowup", "warning"),
+    ]  # fmt: skip
+    assert found[1].message == "the run was lost at step 60 and was saved by a rollback"
+    assert "lr0=0.07" in found[0].advice  # 0.3 x 0.25, to one digit
+    lost_again = msgspec.structs.replace(records, map50=0.0, status=Status(outcome="completed", divergence="blowup"))
+    assert kinds(lost_again, "error")[:2] == ["lr_too_high", "loss_blowup"]
+
+
+# Single rules --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ({"momentum": 0.99, "warmup_epochs": 0.0}, "Set momentum=0.937: with 0.99 a step is 100 gradients."),
+        ({"warmup_epochs": 0.0}, "Set warmup_epochs=3.0"),
+        ({"warmup_epochs": 0.0, "lr0": 1.0}, "Lower the rate of 1 to lr0=0.03"),
+        ({"lr0": 0.01}, "lr0=0.0003"),
+    ],
+)  # fmt: skip
+def test_the_advice_on_the_rate_names_what_made_the_step_large(args: dict[str, Any], words: str) -> None:
+    assert words in the("lr_too_high", lost(**HOT, args=args)).advice
+
+
+def test_without_records_of_layers_the_rate_is_judged_by_what_it_is() -> None:
+    nothing = pl.DataFrame(schema=LAYER_SCHEMA)
+    high = msgspec.structs.replace(lost(args={"lr0": 0.1}), layers=nothing)
+    assert kinds(high)[0] == "lr_too_high"
+    usual = msgspec.structs.replace(lost(args={"lr0": 0.03}), layers=nothing)
+    assert kinds(usual)[0] == "silent_collapse"
+    adam = msgspec.structs.replace(lost(args={"lr0": 0.1, "optimizer": "AdamW"}), layers=nothing)
+    assert kinds(adam)[0] == "silent_collapse"
+
+
+def test_updates_after_the_end_are_no_evidence() -> None:
+    records = lost()
+    late = pl.when(pl.col("step") > 60).then(0.5).otherwise(pl.col("update_ratio"))
+    changed = msgspec.structs.replace(records, layers=records.layers.with_columns(update_ratio=late))
+    assert kinds(changed)[0] == "silent_collapse"
+
+
+def test_weights_that_grew_are_a_hint_in_a_run_that_lived() -> None:
+    assert [f.severity for f in diagnose(run(growth=4.0, ratio=0.07, columns=None)) if f.kind == "lr_too_high"] == [
+        "warning"  # by its updates
+    ]
+    records = run(growth=4.0)
+    one = pl.when(pl.col("layer") == "model.0", pl.col("step") > 0).then(0.1).otherwise(pl.col("update_ratio"))
+    hint = msgspec.structs.replace(records, layers=records.layers.with_columns(update_ratio=one))
+    assert the("lr_too_high", hint).severity == "info"
+    assert the("lr_too_high", hint).where == "model.0"
+    calm = msgspec.structs.replace(hint, args=hint.args | {"optimizer": "AdamW"})
+    assert "lr_too_high" not in kinds(calm)
+
+
+def test_a_loss_far_off_at_the_first_step_is_an_explosion_where_nothing_else_is() -> None:
+    loss = np.full(NUM, 5e8)
+    assert "exploding" in kinds(run(loss=loss))
+    assert "exploding" not in kinds(run(loss=loss / 1e3))  # a gain of 1000 makes as much
+
+
+def test_the_slope_over_depth_is_that_of_the_records() -> None:
+    found = the("exploding", CASES["exploding"][0])
+    assert found.where == "model.8"
+    slopes = [-0.2] * 28 + [-0.2] * 3 + [-0.2 + math.log(5e4) / (j - i) for i in range(8) for j in range(8, 11)]
+    assert found.evidence["slope of ln gradient per stage"].value == pytest.approx(np.median(slopes))
+
+
+def test_expected_dead_tensors_are_told_apart() -> None:
+    def event(*tensors: str, **more: Any) -> dict[str, Any]:
+        return DEAD | {"tensors": list(tensors)} | more
+
+    assert kinds(run(events=[event("model.23.dfl.conv.weight")])) == []
+    boxes = the("dead_layer", run(events=[event("model.23.cv2.0.0.conv.weight")]))
+    assert (boxes.severity, boxes.where) == ("info", "model.23.cv2.0.0.conv.weight")
+    assert the("dead_layer", run(events=[event("model.23.cv3.0.0.conv.weight")])).severity == "warning"
+    after = lost(events=[event("model.5.conv.weight", step=150, steps=60)])
+    assert the("dead_layer", after).severity == "info"
+    silent = run()
+    layers = silent.layers.with_columns(
+        grad_norm=pl.when(pl.col("layer") == "model.7").then(0.0).otherwise(pl.col("grad_norm"))
+    )
+    silent = msgspec.structs.replace(silent, layers=layers)
+    assert the("dead_layer", silent).where == "model.7"
+    assert "freeze=[7]" in the("dead_layer", silent).advice
+    assert kinds(msgspec.structs.replace(silent, args=silent.args | {"freeze": [7]})) == []
+
+
+def test_what_is_not_finite_is_named_by_tensor_component_and_batch() -> None:
+    gradient = the("nonfinite_gradient", CASES["nonfinite_gradient"][0])
+    assert (gradient.step, gradient.where) == (30, "model.4.conv.weight")  # the last: nearest the origin
+    assert gradient.evidence["batch"].value == 30
+    assert the("nonfinite_loss", CASES["nonfinite_loss"][0]).where == "cls"
+    assert the("nonfinite_weights", CASES["nonfinite_weights"][0]).where == "model.0.conv.weight"
+    images = the("bad_images", CASES["bad_images"][0])
+    assert (images.where, images.evidence["pixels that are not finite"].value) == ("nan.jpg", 12)
+    labels = the("bad_labels", CASES["bad_labels"][0])
+    assert labels.evidence["problem 1"].value == "box.jpg: box 2 has zero size"
+    module = the("module_fault", CASES["module_fault"][0])
+    assert (module.where, "(Divide)" in module.message) == ("model.6.m.0", True)
+    applied = run(events=[skip() | {"event": "nonfinite"}], columns=spoiled(30))
+    assert the("nonfinite_gradient", applied).advice.startswith("Set guard.nonfinite=skip")
+
+
+def test_huge_pixels_and_labels_at_a_spike_that_healed_are_warnings() -> None:
+    for image, kind in ((HUGE_IMAGE, "bad_images"), (BAD_BOX, "bad_labels")):
+        healed = run(incidents=[incident(90, "spike", images=[image])], loss=SPIKE)
+        assert (diagnose(healed)[0].kind, diagnose(healed)[0].severity) == (kind, "warning")
+        found = lost(incidents=[incident(60, "nonfinite_gradient", images=[image])])
+        assert (diagnose(found)[0].kind, diagnose(found)[0].severity) == (kind, "error")
+
+
+def test_an_amplifying_module_is_one_only_where_nothing_else_explains_it() -> None:
+    amplified = incident(60, "blowup", first_bad=bad("forward", what="amplified", input_max=5.0, output_max=1e9))
+    assert kinds(lost("blowup", incidents=[amplified]), "error")[0] == "module_fault"
+    assert "module_fault" not in kinds(lost("blowup", incidents=[amplified], **HOT))
+    assert "module_fault" not in kinds(lost("blowup", incidents=[amplified], events=[INIT]))
+
+
+def test_a_scaler_that_never_finds_its_scale() -> None:
+    def skips(steps: list[int]) -> Records:
+        events = [skip(step, "scaler_overflow") for step in steps]
+        return run(num=60, columns=fp16(60, steps), events=events, map50=None, outcome="running")
+
+    assert kinds(skips([*range(10, 30)]))[0] == "amp_overflow"  # 20 in a row
+    assert kinds(skips([*range(1, 35, 2)]))[0] == "amp_overflow"  # a scale of 65536 / 2 ** 17
+    assert kinds(skips([*range(0, 32, 2)])) == ["amp_calibration"]
+
+
+def test_the_effective_rate_of_clipped_steps_by_hand() -> None:
+    found = the("always_clipped", run(clip=0.02))
+    assert found.evidence["effective lr after clipping"].value == pytest.approx(0.01 * 0.02)
+    assert found.evidence["share of steps clipped"].value == 1.0
+
+
+def test_a_long_run_that_learned_nothing_is_an_error() -> None:
+    long = run(num=1200, map50=0.0)
+    assert (the("stalled", long).severity, kinds(long)[0]) == ("error", "stalled")
+    assert the("stalled", run(map50=0.0)).severity == "info"  # short, and its loss fell
+    assert "lr0=0.03" in the("stalled", run(map50=0.0)).advice
+    assert "stalled" not in kinds(run(map50=None)) + kinds(run(map50=0.0, outcome="interrupted"))
+
+
+def test_jumps_are_explained_by_what_changed() -> None:
+    grown = np.where(np.arange(NUM) < 100, 700.0, 2800.0)
+    images = np.where(np.arange(NUM) < 100, 16, 64)
+    found = the("benign_jump", run(norm=grown, columns={"images": images}))
+    assert (found.step, found.where, "nbs=64" in found.advice) == (100, "total_norm", True)
+    assert kinds(run(norm=grown)) == []
+    again = {"attempt": (np.arange(NUM) >= 100).astype(int)}
+    assert "began the epoch again" in the("benign_jump", run(norm=grown, columns=again)).message
+    falling = np.where(np.arange(NUM) < 12, 400.0, 150.0)
+    assert kinds(run(loss=falling)) == []  # at the end of the warm-up, as from the start on
+    rising = np.where(np.arange(NUM) < 12, 150.0, 240.0)
+    assert "warmup_epochs=3" in the("benign_jump", run(loss=rising)).advice
+
+
+def test_spikes_of_the_gradient_alone_and_early_warnings_are_told() -> None:
+    spike = {"event": "spike", "step": 70, "total_norm": 9e4, "z": 9.0, "action": "clip"}
+    assert the("loss_spike", run(events=[spike])).severity == "info"
+    warning = {"event": "warning", "step": 20, "kind": "weight_growth", "layer": "model.0", "value": 9, "limit": 5}
+    found = the("lr_too_high", run(events=[warning]))
+    assert (found.severity, found.evidence["early warnings"].value) == ("info", "weight_growth at step 20")
+
+
+def test_records_that_are_empty_or_short_are_no_reason_to_fail() -> None:
+    empty = Records(steps=pl.DataFrame(schema=STEP_SCHEMA), layers=pl.DataFrame(schema=LAYER_SCHEMA))
+    assert diagnose(empty) == []
+    gave_up = msgspec.structs.replace(empty, status=Status(outcome="failed", reason="RuntimeError: NaN persisted"))
+    assert [(found.kind, found.severity) for found in diagnose(gave_up)] == [("nonfinite_loss", "error")]
+    for num in (1, 2, 5, 11):
+        assert kinds(run(num=num, map50=None, outcome="running"), "error", "warning") == []
+    strange = run(events=[{"event": "skip"}, {"event": "init"}, {"event": "dead"}, {"event": "divergence"}, {}])
+    assert diagnose(strange)
+
+
+# From a folder, and the command --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[[Records], Path]:
+    """A run folder of records, as the trainer leaves one."""
+
+    def write(records: Records) -> Path:
+        folder = RunFolder(tmp_path / "run")
+        folder.create(records.config)
+        for path, schema, table in (
+            (folder.steps, STEP_SCHEMA, records.steps),
+            (folder.layers, LAYER_SCHEMA, records.layers),
+        ):
+            writer = PartWriter(path, schema)
+            writer.append(table.to_dicts())
+            writer.flush()
+        for event in records.events:
+            folder.append_event(event)
+        (folder.path / "args.yaml").write_text(json.dumps(records.args))
+        (folder.path / "results.csv").write_text(f"epoch,metrics/mAP50(B)\n1,0.9\n2,{records.map50}\n")
+        for captured in records.incidents:
+            path = folder.gradstab / "incidents" / str(captured.step) / "incident.json"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(msgspec.json.encode(captured))
+        folder.write_status(records.status)
+        return folder.path
+
+    return write
+
+
+def test_a_folder_gives_the_findings_of_its_records(written: Callable[[Records], Path]) -> None:
+    records = run(incidents=[incident(images=[NAN_IMAGE])], events=[skip()], columns=spoiled(30), clip=0.02)
+    folder = written(records)
+    assert diagnose(records_of(read_run(folder))) == diagnose(records)
+    assert records_of(read_run(folder)).map50 == 0.3  # of the last epoch, not of the best
+    next(folder.glob("gradstab/incidents/*/incident.json")).write_text('{"step": "x"}')
+    with pytest.raises(RunError, match=r"incident\.json: Expected `int`, got `str`"):
+        records_of(read_run(folder))
+
+
+def test_the_command_prints_words_or_json(
+    written: Callable[[Records], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(written(lost(**HOT)))
+    assert main(["diagnose", folder]) == 0  # found, so done
+    text = capsys.readouterr().out
+    assert text.startswith("error: lr_too_high at step 10: ")
+    assert "Nothing wrong" not in text
+    assert main(["diagnose", folder, "format=json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"] == folder
+    assert [finding["kind"] for finding in found["findings"]][:2] == ["lr_too_high", "silent_collapse"]
+    for words, status, message in (
+        ((str(tmp_path),), 1, "no gradstab folder in it"),
+        ((str(tmp_path / "last.pt"),), 1, "cannot be read"),
+        ((), 2, "give a run folder or a checkpoint first"),
+        ((folder, "format=xml"), 2, "format must be one of text, json"),
+        ((folder, "fromat=json"), 2, "the nearest valid key is format"),
+    ):
+        assert main(["diagnose", *words]) == status
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+
+
+def test_the_command_says_when_nothing_is_wrong(
+    written: Callable[[Records], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["diagnose", str(written(run(clip=0.02)))]) == 0
+    assert capsys.readouterr().out.startswith("Nothing wrong was found.\ninfo: always_clipped: ")
