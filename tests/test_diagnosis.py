@@ -416,6 +416,72 @@ def test_a_loss_far_off_at_the_first_step_is_an_explosion_where_nothing_else_is(
     assert "exploding" not in kinds(run(loss=loss / 1e3))  # a gain of 1000 makes as much
 
 
+def changed(records: Records, layer: str, at: int, **columns: float) -> Records:
+    """The same, with other values of one stage from a step on."""
+    here = (pl.col("layer") == layer) & (pl.col("step") >= at)
+    values = {name: pl.when(here).then(value).otherwise(pl.col(name)) for name, value in columns.items()}
+    return msgspec.structs.replace(records, layers=records.layers.with_columns(**values))
+
+
+def test_thresholds_of_the_rate_from_both_sides() -> None:
+    def severities(records: Records) -> list[str]:
+        return [found.severity for found in diagnose(records) if found.kind == "lr_too_high"]
+
+    for ratio, expected in ((0.29, []), (0.31, ["error"])):  # of one stage, in a run that was lost
+        assert severities(changed(lost(), "model.3", 20, update_ratio=ratio)) == expected
+    for ratio, expected in ((0.009, []), (0.011, ["error"])):  # of the median stage
+        assert severities(lost(ratio=ratio)) == expected
+    for ratio, expected in ((0.029, []), (0.031, ["warning"])):  # the same in a run that was not
+        assert severities(run(ratio=ratio)) == expected
+    for growth, expected in ((2.9, []), (3.1, ["info"]), (9.9, ["info"]), (10.1, ["warning"])):
+        grown = changed(run(), "model.3", 90, weight_norm=8.0 * growth, update_ratio=0.07)
+        assert severities(changed(grown, "model.4", 10, update_ratio=0.061)) == expected
+        assert severities(changed(run(), "model.3", 10, weight_norm=8.0 * growth, update_ratio=0.059)) == []
+        assert severities(changed(run(), "model.3", 110, weight_norm=8.0 * growth, update_ratio=0.07)) == []  # late
+    # The rate falls to half of its height at about step 110; what moves then is no longer the peak.
+    assert severities(changed(lost(), "model.3", 120, update_ratio=0.9)) == []
+    assert severities(changed(run(growth=4.0), "model.3", 120, update_ratio=0.07)) == []
+    assert severities(changed(run(growth=4.0), "model.3", 90, update_ratio=0.07)) == ["info"]
+    assert severities(run(args={"momentum": 0.98})) == []
+    assert severities(run(args={"momentum": 0.999})) == ["info"]
+    assert "momentum=0.937" in the("lr_too_high", run(args={"momentum": 0.999})).advice
+
+
+@pytest.mark.parametrize(("lr0", "key"), [(0.09, "warmup_epochs=3.0"), (0.11, "lr0=")])
+def test_a_missing_warmup_is_blamed_only_where_one_would_help(lr0: float, key: str) -> None:
+    assert key in the("lr_too_high", lost(**HOT, args={"warmup_epochs": 0.0, "lr0": lr0})).advice
+
+
+def test_what_counts_as_sound_input_depends_on_the_precision() -> None:
+    for reason, most in (("nonfinite_gradient", 1e6), ("scaler_overflow", 1e3)):
+        for factor, expected in ((0.9, True), (1.1, False)):
+            first = bad("forward", input_max=factor * most)
+            found = kinds(run(incidents=[incident(reason=reason, first_bad=first)], events=[skip(30, reason)]))
+            assert ("module_fault" in found) == expected, (reason, factor)
+    for ratio, expected in ((900.0, False), (1100.0, True)):
+        first = bad("forward", what="amplified", input_max=2.0, output_max=2 * ratio)
+        assert (
+            "module_fault" in kinds(lost("blowup", incidents=[incident(60, "blowup", first_bad=first)]))
+        ) == expected
+
+
+def test_the_first_loss_and_the_profile_from_both_sides() -> None:
+    assert "exploding" not in kinds(run(loss=np.full(NUM, 9e5)))
+    assert "exploding" in kinds(run(loss=np.full(NUM, 1.1e6)))
+    records = run()
+    base = dict(records.layers.filter(pl.col("step") == 0).select("layer", "grad_norm").iter_rows())
+    largest = max(base[f"model.{i}"] for i in range(11)) / base["model.23"]
+    for factor, expected in ((900.0, False), (1100.0, True)):
+        assert ("exploding" in kinds(run(stages={0: factor / largest}))) == expected
+    middle = float(np.median([base[f"model.{i}"] for i in range(11)])) / base["model.23"]
+    for factor, expected in ((1 / 900, False), (1 / 1100, True)):
+        assert ("vanishing" in kinds(run(stages=dict.fromkeys(range(11), factor / middle)))) == expected
+    few = records.layers.filter(pl.col("layer").is_in(["model.0", "model.1", "model.2", "model.23"]))
+    short = msgspec.structs.replace(records, layers=few.with_columns(grad_norm=pl.lit(1e-9)))
+    assert kinds(changed(short, "model.23", 0, grad_norm=1.0)) == []  # three stages are no depth
+    assert the("exploding", run(stages={0: 1e6})).evidence["slope of ln gradient per stage"].threshold == -0.2
+
+
 def test_the_slope_over_depth_is_that_of_the_records() -> None:
     found = the("exploding", CASES["exploding"][0])
     assert found.where == "model.8"

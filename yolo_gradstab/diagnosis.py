@@ -626,7 +626,9 @@ def _rate_severity(case: _Case) -> Severity | None:
     uneasy = _top(case.peak_updates, "largest") > UNEASY_RATIO
     if middle > FIERCE_RATIO or (grown > OVERGROWN and uneasy):
         return "warning"
-    return "info" if (grown > GROWN and uneasy) or case.events("warning") else None
+    # A large momentum shows late: its steps go on growing for 1 / (1 - momentum) steps.
+    heavy = _momentum(case) > LARGE_MOMENTUM and _unrecorded_heat(case) is not None
+    return "info" if (grown > GROWN and uneasy) or heavy or case.events("warning") else None
 
 
 def _timing(case: _Case) -> dict[str, Measured]:
