@@ -47,7 +47,8 @@ def test_train_leaves_the_run_folder(
     assert run.steps["step"].to_list() == [0, 1, 2, 3]
     assert run.config["clip"] == {"policy": "zclip", "z": 3.0, "alpha": 0.9, "warmup": 25, "max_norm": None}
     assert run.config["update_clip"] == {"max_ratio": 0.03, "follow_lr": True}
-    assert run.config["guard"] == {"nonfinite": "off", "divergence": "off"}
+    assert run.config["guard"]["nonfinite"] == "off"
+    assert run.config["guard"]["divergence"] == "rollback"
     assert run.args["lr0"] == 0.01
 
 
@@ -144,7 +145,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("detect train clip.max_norm=ten", 2, "clip.max_norm must be a number, got 'ten'"),
         ("detect train clip=agc clip.max_norm=1", 2, "clip.max_norm=1 belongs to policy norm and zclip"),
         ("detect train clip.exclude=[bias", 2, "unmatched '[' or ']' bracket"),
-        ("detect train guard.spike=skip", 2, "unknown key guard.spike='skip'"),
+        ("detect train guard.spikes=skip", 2, "unknown key guard.spikes='skip'"),
         ("detect train mitigations.init=none", 2, "unknown key mitigations.init"),
         ("detect train gradstab=missing.yaml", 2, "gradstab=missing.yaml: cannot be read"),
         ("detect train model={tiny} data=missing.yaml", 1, "'missing.yaml' does not exist"),

@@ -12,7 +12,13 @@ def test_the_default_is_stock() -> None:
     assert load_config().to_dict() == {
         "clip": {"policy": "norm", "max_norm": 10.0},
         "update_clip": None,
-        "guard": {"nonfinite": "skip", "divergence": "off"},
+        "guard": {
+            "nonfinite": "skip",
+            "spike": "off",
+            "divergence": "rollback",
+            "backoff": 0.5,
+            "max_rollbacks": 3,
+        },
         "telemetry": {"every": 1, "layers_every": 10},
     }
 
@@ -66,7 +72,9 @@ def test_a_configuration_survives_being_saved() -> None:
     "keys, words",
     [
         ({"clipp": 3}, r"unknown key clipp=3; the nearest valid key is clip$"),
-        ({"guard.spike": "skip"}, r"unknown key guard\.spike='skip'; the nearest valid key is guard$"),
+        ({"guard.spikes": "skip"}, r"unknown key guard\.spikes='skip'; the nearest valid key is guard\.spike$"),
+        ({"guard.backoff": 1.5}, r"guard\.backoff must be above 0 and at most 1, got 1\.5$"),
+        ({"guard.max_rollbacks": -1}, r"guard\.max_rollbacks must be at least 0; .*, got -1$"),
         ({"mitigations": {}}, r"unknown key mitigations=\{\}; valid keys are clip, "),
         ({"guard.nonfinit": "skip"}, r"nearest valid key is guard\.nonfinite$"),
         ({"clip": "agcc"}, r"clip\.policy must be one of none, norm, .*stabilizer, got 'agcc'$"),

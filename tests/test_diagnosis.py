@@ -15,7 +15,7 @@ import yaml
 
 from yolo_gradstab.cli import main
 from yolo_gradstab.config import config_keys, load_config
-from yolo_gradstab.diagnosis import GAINS, KINDS, Finding, IncidentRecord, Records, diagnose, records_of
+from yolo_gradstab.diagnosis import GAINS, KINDS, Finding, IncidentRecord, Measured, Records, diagnose, records_of
 from yolo_gradstab.runs import RunError, RunFolder, Status
 from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, PartWriter, read_run
 
@@ -548,6 +548,72 @@ def test_a_scaler_that_never_finds_its_scale() -> None:
     assert kinds(skips([*range(10, 30)]))[0] == "amp_overflow"  # 20 in a row
     assert kinds(skips([*range(1, 35, 2)]))[0] == "amp_overflow"  # a scale of 65536 / 2 ** 17
     assert kinds(skips([*range(0, 32, 2)])) == ["amp_calibration"]
+
+
+def test_thresholds_of_precision_from_both_sides() -> None:
+    def first(steps: list[int], num: int = 300) -> str:
+        events = [skip(step, "scaler_overflow") for step in steps]
+        columns = fp16(num, steps) | {"scale": np.full(num, 65536.0)}  # it grew again in between
+        return next(kind for kind in kinds(run(num=num, columns=columns, events=events)) if kind.startswith("amp"))
+
+    assert first([*range(100, 290, 19)]) == "amp_calibration"  # 10 of 200 are 5 %
+    assert first([*range(100, 290, 18)]) == "amp_overflow"  # 11
+    assert first([*range(80, 100)][1:]) == "amp_calibration"  # 19 in a row, and early
+    assert first([*range(0, 98, 2)]) == "amp_calibration"
+    assert first([100, 102], num=130) == "amp_calibration"  # two are no rule, although 7 %
+    assert first([100, 102, 104], num=130) == "amp_overflow"
+
+
+def test_thresholds_of_the_loss_components_from_both_sides() -> None:
+    for gain, expected in ((0.5 * 9.9, False), (0.5 * 10.1, True)):
+        parts = {"box": 0.3, "cls": 0.6, "l1": 0.1}
+        assert ("loss_imbalance" in kinds(run(parts=parts, args={"cls": gain}))) == expected
+    for share, expected in ((0.975, False), (0.985, True)):
+        assert ("loss_imbalance" in kinds(run(parts={"box": share, "cls": 1 - share}))) == expected
+    for until, expected in ((0.49, False), (0.51, True)):  # of the steps
+        carried = np.where(np.arange(NUM) < until * NUM, 0.99, 0.5)
+        assert ("loss_imbalance" in kinds(run(parts={"box": carried, "cls": 1 - carried}))) == expected
+        coef = np.where(np.arange(NUM) < until * NUM, 0.1, 1.0)
+        assert ("always_clipped" in kinds(run(columns={"clip_coef": coef}))) == expected
+    assert "lower" in the("loss_imbalance", run(parts={"box": 0.99, "cls": 0.01})).advice.lower()
+
+
+def test_thresholds_of_spikes_from_both_sides() -> None:
+    level = 150.0 * np.random.default_rng(1).lognormal(sigma=0.05, size=NUM)
+
+    def spiked(ratio: float, *, noise: float = 0.05, after: float = 1.0) -> list[str]:
+        loss = 150.0 * np.random.default_rng(1).lognormal(sigma=noise, size=NUM)
+        loss[90] = ratio * np.median(loss[70:90])
+        loss[91:] *= after
+        return [found.severity for found in diagnose(run(loss=loss)) if found.kind == "loss_spike"]
+
+    assert level.std() < 10
+    assert [spiked(ratio) for ratio in (2.9, 3.1, 9.9, 10.1)] == [[], ["info"], ["info"], ["warning"]]
+    assert spiked(4.0, noise=0.5) == []  # no more than others there
+    assert (spiked(8.0, after=1.35), spiked(8.0, after=1.65)) == (["info"], [])  # it did not come back
+
+
+def test_a_jump_must_stand_out_of_the_noise() -> None:
+    def jumps(noise: float, ratio: float) -> bool:
+        loss = 150.0 * np.random.default_rng(2).lognormal(sigma=noise, size=NUM)
+        loss[180:] *= ratio
+        return "benign_jump" in kinds(run(loss=loss))
+
+    assert [jumps(0.05, ratio) for ratio in (1.4, 1.6)] == [False, True]
+    assert [jumps(0.4, ratio) for ratio in (1.7, 4.0)] == [False, True]
+
+
+def test_the_least_that_is_needed_to_say_something() -> None:
+    assert [kinds(run(num=num, map50=0.0)) for num in (99, 100)] == [[], ["stalled"]]
+    dead = run(num=60)
+    for num, expected in ((50, []), (70, ["dead_layer"])):  # looks up to step 40, and up to 60
+        records = changed(run(num=num), "model.7", 0, grad_norm=0.0)
+        assert kinds(records) == expected
+    assert kinds(dead) == []
+    tensors = [{"name": f"model.{i}.conv.weight", "scale": 1e3} for i in range(7)]
+    assert (the("bad_init", run(events=[INIT | {"tensors": tensors}])).where or "").endswith(" and 2 more")
+    huge = the("bad_images", run(incidents=[incident(90, "spike", images=[HUGE_IMAGE])]))
+    assert huge.evidence["largest pixel"] == Measured(3e6, 10.0)
 
 
 def test_the_effective_rate_of_clipped_steps_by_hand() -> None:

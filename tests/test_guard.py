@@ -10,7 +10,14 @@ import numpy as np
 import polars as pl
 import pytest
 
-from yolo_gradstab.guard import Divergence, DivergenceWatch, find_divergences
+from yolo_gradstab.guard import (
+    SPIKES_IN_A_ROW,
+    Divergence,
+    DivergenceWatch,
+    HealthWatch,
+    SpikeWatch,
+    find_divergences,
+)
 
 # A run of yolo11n, SGD at 0.1 without clipping, that ended at a loss of 1e-8 and mAP 0 (ALGORITHMS F14).
 LOSSES = [227, 218, 201, 241, 200, 391, 4240, 14216, 268, 237, 161, 7681, 2.25e8, 0.0099, 0.0011, 0.0033]
@@ -161,3 +168,88 @@ def test_real_runs_that_collapsed_are_found_early_and_no_other_is() -> None:
         assert all(finding.step < 60 for finding in found)
         lost += bool(found)
     assert lost == 6
+
+
+# Early warnings
+
+
+def looks(norms: list[float], variances: list[float] | None = None, ratio: float | None = None) -> list[str | None]:
+    """What each look finds; two looks lie between those that are compared."""
+    watch = HealthWatch()
+    found = [
+        watch.look(weight_norms={"model.0": 1.0, "model.1": norm}, running_var=variance, update_ratio=ratio)
+        for norm, variance in zip(norms, variances or [1.0] * len(norms), strict=True)
+    ]
+    return [unrest and f"{unrest.kind} {unrest.layer} {unrest.value:.3g}" for unrest in found]
+
+
+def test_abrupt_growth_is_unrest_and_slow_growth_is_none() -> None:
+    # recorded (drawn set, SGD, stock's clip), a stage's weights every ten steps: lr0 0.3 is lost, 0.1 is kept
+    assert looks([1, 1, 1.39, 1.39, 3.66, 3.66]) == [None] * 4 + ["weight_growth model.1 2.63"] * 2
+    assert looks([1, 1.4, 2.03, 2.6, 3.4, 4.1]) == [None] * 6
+    assert looks([2.0**i for i in range(4)])[2:] == ["weight_growth model.1 4"] * 2
+    assert looks([1.05**i for i in range(200)]) == [None] * 200
+
+
+def test_variances_and_updates_are_looked_at_too() -> None:
+    assert looks([1] * 3, [1, 4.9, 12]) == [None, None, "running_var None 12"]
+    assert looks([1] * 3, [0.001, 0.01, 1]) == [None] * 3  # below where variances start, nothing is abrupt
+    assert looks([1] * 2, ratio=0.31) == ["update_ratio None 0.31"] * 2
+    assert looks([1] * 2, ratio=0.29) == [None] * 2
+    assert looks([1, 1, math.nan]) == [None, None, "weight_growth model.1 nan"]
+
+
+# Spikes
+
+LOGS = np.random.default_rng(0).normal(scale=0.3, size=60)
+STEADY = [float(norm) for norm in 100 * np.exp(LOGS)]
+
+
+def spikes(norms: list[float], images: list[int] | None = None) -> list[int]:
+    watch = SpikeWatch()
+    judged = [watch.judge(norm, images=n) for norm, n in zip(norms, images or [16] * len(norms), strict=True)]
+    return [step for step, spike in enumerate(judged) if spike]
+
+
+def test_a_spike_is_found_and_its_limit_is_the_formulas() -> None:
+    watch = SpikeWatch()
+    assert [watch.judge(norm, images=16) for norm in STEADY] == [None] * 60
+    spike = watch.judge(5000.0, images=16)
+    assert spike is not None
+    center = np.median(np.log(STEADY))
+    sigma = 1.4826 * np.median(abs(np.log(STEADY) - center))
+    assert spike.median == pytest.approx(math.exp(center))
+    assert spike.z == pytest.approx((math.log(5000) - center) / sigma)
+    assert spike.limit == pytest.approx(math.exp(center + max(6 * sigma, math.log(3))))
+    assert not spike.is_new_level
+    assert watch.judge(5000.0, images=16).z == pytest.approx(spike.z)  # type: ignore[union-attr]  # it did not enter
+
+
+def test_norms_are_compared_per_image() -> None:
+    ramp = [4] * 20 + [64] * 20
+    assert spikes([10.0 * n for n in ramp], ramp) == []  # accumulation ramps in warm-up, and norms are sums
+    assert spikes([40.0] * 20 + [640.0] * 20) != []
+
+
+def test_equal_norms_flag_a_large_one_and_not_a_near_one() -> None:
+    assert spikes([10.0] * 128 + [1e4]) == [128]
+    assert spikes([10.0] * 128 + [12.0, 25.0]) == []
+    assert spikes([10.0] * 19 + [1e4]) == []  # too short a history
+    assert spikes([0.0] * 200) == []
+
+
+def test_a_level_that_lasts_is_believed() -> None:
+    watch = SpikeWatch()
+    judged = [watch.judge(norm, images=1) for norm in [10.0] * 30 + [1e4] * 40]
+    found = [spike for spike in judged if spike]
+    assert [spike.is_new_level for spike in found] == [False] * SPIKES_IN_A_ROW + [True]
+    assert all(spike is None for spike in judged[30 + SPIKES_IN_A_ROW + 1 :])
+
+
+def test_the_spike_watch_survives_its_checkpoint() -> None:
+    watch = SpikeWatch()
+    for norm in STEADY[:30]:
+        watch.judge(norm, images=16)
+    again = msgspec.convert(msgspec.to_builtins(watch), SpikeWatch)
+    rest = [*STEADY[30:], 5000.0]
+    assert [again.judge(norm, images=16) for norm in rest] == [watch.judge(norm, images=16) for norm in rest]

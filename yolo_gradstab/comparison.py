@@ -158,7 +158,11 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
         return status.divergence, found, reason
     if status.outcome == "completed" and map50 is not None and map50 >= NO_QUALITY:
         events = (event for event in run.events if event.get("event") == "divergence")
-        return "kept", None, "; ".join(f"{e.get('kind')} at step {e.get('step')}, and healed" for e in events)
+        notes = (
+            f"{e.get('kind')} at step {e.get('step')}, {'undone' if e.get('action') == 'rollback' else 'and healed'}"
+            for e in events
+        )
+        return "kept", None, "; ".join(notes)
     if status.outcome == "stopped":
         return "stopped", None, reason
     gave_up = status.outcome == "failed" and "NaN" in reason  # the host's words

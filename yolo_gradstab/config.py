@@ -165,11 +165,20 @@ class UpdateClip(_Section, frozen=True, kw_only=True):
 class Guard(_Section, frozen=True, kw_only=True):
     """What happens to a step that must not be applied, and to a run that has diverged.
 
-    A divergence is noticed and recorded whatever `divergence` says; ``stop`` ends the run there.
+    A divergence is noticed and recorded whatever `divergence` says; ``stop`` ends the run there, ``rollback`` goes back
+    to a good state with every learning rate times `backoff`, at most `max_rollbacks` times.
     """
 
     nonfinite: Literal["skip", "stop", "off"] = "skip"
-    divergence: Literal["stop", "off"] = "off"
+    spike: Literal["off", "clip", "skip"] = "off"
+    divergence: Literal["rollback", "stop", "off"] = "rollback"
+    backoff: float = 0.5
+    max_rollbacks: int = 3
+
+    def __post_init__(self) -> None:
+        _require(self, "backoff", 0 < self.backoff <= 1, "above 0 and at most 1")
+        allowed = "at least 0; use guard.divergence=stop to end a run where it diverges"
+        _require(self, "max_rollbacks", self.max_rollbacks >= 0, allowed)
 
 
 class Telemetry(_Section, frozen=True, kw_only=True):

@@ -8,6 +8,7 @@ Where our parts stand in the host's loop (`BaseTrainer._do_train`; ours in capit
             forward, backward                    COUNT images, SUM losses
             every `accumulate` batches, optimizer_step():
                 unscale -> MEASURE -> JUDGE -> CLIP -> step -> BOUND THE UPDATE -> scaler update -> zero_grad -> EMA
+                where the run has diverged, in place of clip, step and EMA: GO BACK to a good state, at a lower rate
         FLUSH records; validate                  ADD the epoch's columns
         save_metrics, save_model                 ADD policy and exact training state to the checkpoint
 """
@@ -35,10 +36,18 @@ from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_gradstab.clipping import Clipped, ClipPolicy, UpdateRatios, clip_update_, update_ratios
+from yolo_gradstab.clipping import Clipped, ClipPolicy, UpdateRatios, clip_update_, multiply_, update_ratios
 from yolo_gradstab.coco.dataset import build_coco_dataset, read_data_yaml, resolved_yaml
 from yolo_gradstab.config import Config, ConfigError, build_policy, load_config, read_config_file
-from yolo_gradstab.guard import NO_QUALITY, Divergence, DivergenceWatch
+from yolo_gradstab.guard import (
+    LOOK_EVERY,
+    NO_QUALITY,
+    Divergence,
+    DivergenceWatch,
+    HealthWatch,
+    Spike,
+    SpikeWatch,
+)
 from yolo_gradstab.norms import (
     FLOAT32_NORM_LIMIT,
     GradientNorms,
@@ -49,6 +58,7 @@ from yolo_gradstab.norms import (
     tensor_norms,
 )
 from yolo_gradstab.runs import RunFolder, Status, replacing, terminable, versions
+from yolo_gradstab.snapshot import Snapshot, Snapshots
 from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord
 
 __all__ = ["TASKS", "GradstabMixin", "trainer_for"]
@@ -160,6 +170,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     """Sight and clipping for any Ultralytics trainer; `trainer_for` puts it in front of the task's own class."""
 
     gradstab_config: ClassVar[Config] = Config()
+    loss: Any  # the host's: of the last micro-batch, and the rates as loggers are shown them
+    lr: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._config = self.gradstab_config
@@ -176,7 +188,16 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._seconds_before = 0.0  # of the parts of the run before this one
         self._stop_reason: str | None = None
         self._watch = DivergenceWatch()
-        self._divergence: Divergence | None = None  # the first
+        self._health = HealthWatch()
+        self._spikes = SpikeWatch()
+        self._snapshots = Snapshots()
+        self._look: Tensor | None = None  # weight norms by layer and a variance, taken but not yet judged
+        self._restless = False
+        self._rollbacks = 0
+        self._lr_factor = 1.0  # the backoffs of all rollbacks
+        self._warmup_again: tuple[int, int] | None = None  # micro-batches: where the last rollback was, and went to
+        self._divergence: Divergence | None = None  # the first that was not undone
+        self._lost: Divergence | None = None  # this step's, where the guard is to go back
         self._map50: float | None = None  # at the last validation
         self._resumed: dict[str, Any] | None = None  # the state to continue from, until the first epoch begins
         self._aligning = False  # until the first optimizer step after a resume
@@ -252,6 +273,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         """Measure, judge, clip, step, bound: the host's step with sight. See the module's docstring for the order."""
         self._gather()
         self._stepped, self._last_step_batch = True, self._batch
+        if self._config.guard.divergence == "rollback" and self._snapshots.is_due(self._step):
+            self._snapshots.add(self._snapshot())
         self.scaler.unscale_(self.optimizer)
         having = [i for i, p in enumerate(self._parameters) if p.grad is not None]
         grads = [self._parameters[i].grad for i in having]
@@ -262,32 +285,167 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             measured = exact_gradient_norms(grads)
             total_norm = float(measured.total_norm)
         skipped = not sound and self._refuses(measured, having)
+        spike = self._spike(total_norm) if sound else None
+        skipped = skipped or (spike is not None and self._config.guard.spike == "skip")
         self._judge(self._watch.add(self._step, loss=loss, total_norm=total_norm, skipped=skipped))
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
-        if skipped:
-            clipped, moved = Clipped(measured.total_norm, torch.ones_like(measured.total_norm)), None
-            self._mend_buffers()
+        # A step that shows the run to be lost is not made either: its weights will be taken back.
+        applied = not skipped and self._lost is None
+        if applied:
+            clipped = self._clip(measured, spike)
+            with self._lowered_rates():
+                lr = self.optimizer.param_groups[self._main_group]["lr"]
+                moved = self._step_and_bound()
         else:
-            clipped = self._policy.apply_(self._parameters, measured, num_images=self._accumulated.images)
-            moved = self._step_and_bound()
+            clipped, moved = Clipped(measured.total_norm, torch.ones_like(measured.total_norm)), None
+            lr = self.optimizer.param_groups[self._main_group]["lr"] * self._rate_factor()
+            self._mend_buffers()
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.ema and not skipped:
+        if self.ema and applied:
             self.ema.update(self.model)
-        self._record(measured, having, clipped, moved, known={"skipped": skipped, "scale": scale})
+        if self._lost is not None:
+            self._go_back(self._lost)
+            self._lost = None
+        self._record(measured, having, clipped, moved, known={"skipped": not applied, "scale": scale, "lr": lr})
+
+    def _clip(self, measured: GradientNorms, spike: Spike | None) -> Clipped:
+        """The policy; before it, a spike is brought down to the largest norm that would have been none."""
+        images = self._accumulated.images
+        if spike is None:
+            return self._policy.apply_(self._parameters, measured, num_images=images)
+        coef = torch.clamp(spike.limit / measured.total_norm, max=1.0)
+        multiply_([p.grad for p in self._parameters if p.grad is not None], coef)
+        lowered = GradientNorms(measured.norms * coef, measured.total_norm * coef)
+        clipped = self._policy.apply_(self._parameters, lowered, num_images=images)
+        return clipped._replace(clip_coef=clipped.clip_coef * coef)
+
+    def _spike(self, total_norm: float) -> Spike | None:
+        """A spike that something is done about, said; every rank sees the same norm, and so the same spike."""
+        wanted = self._config.guard.spike
+        if wanted == "off":
+            return None
+        spike = self._spikes.judge(total_norm, images=self._accumulated.images)
+        if spike is None:
+            return None
+        action = "accept" if spike.is_new_level else wanted
+        if self._run:
+            event = {"event": "spike", "step": self._step, "epoch": self.epoch, "batch": self._batch}
+            event |= {"total_norm": total_norm, "median": spike.median, "z": spike.z, "action": action}
+            self._run.append_event(event)
+        return None if spike.is_new_level else spike
 
     def _read(self, total_norm: Tensor) -> tuple[float, float]:
-        """Gradient norm and loss per image on the host, in the one read of a step.
+        """Gradient norm and loss per image on the host, in the one read of a step, and the look at the model before it.
 
-        The first decides whether the optimizer is called, the second whether the run has diverged.
+        The norm decides whether the optimizer is called, the others whether the run has diverged. Gradients are reduced
+        by now; losses and BatchNorm's variances are not, and ranks that judged apart would hang.
         """
         loss = torch.as_tensor(self._accumulated.loss, device=total_norm.device).detach()
         values = torch.stack([total_norm, loss.to(total_norm.dtype) / self._accumulated.images])
-        if self.world_size > 1:  # gradients are reduced by now, losses are not; ranks that judged apart would hang
+        look = self._look
+        if self.world_size > 1:
             torch.distributed.all_reduce(values[1:])
             values[1] /= self.world_size
-        norm, mean_loss = values.tolist()
+            if look is not None:
+                torch.distributed.all_reduce(look, torch.distributed.ReduceOp.MAX)
+        norm, mean_loss, *looked = values.tolist() if look is None else torch.cat([values, look.to(values)]).tolist()
+        self._look = None
+        if looked:
+            ratio, running_var, *norms = looked
+            self._judge_model(dict(zip(self._layers.names, norms, strict=True)), running_var, ratio)
         return norm, mean_loss
+
+    def _judge_model(self, weight_norms: dict[str, float], running_var: float, update_ratio: float) -> None:
+        """Has the model itself gone, or grown so abruptly that this is no state to go back to?"""
+        weight_norms = {name: norm for name, norm in weight_norms.items() if norm}  # stages without weights have none
+        self._judge(self._watch.add_state(self._step - 1, weight_norms=weight_norms, running_var=running_var))
+        ratio = None if math.isnan(update_ratio) else update_ratio
+        unrest = self._health.look(weight_norms=weight_norms, running_var=running_var, update_ratio=ratio)
+        if unrest is not None:
+            self._snapshots.disturb(self._step)
+            if self._run and not self._restless:
+                event = {"event": "warning", "step": self._step - 1, "epoch": self.epoch}
+                self._run.append_event(event | msgspec.to_builtins(unrest))
+        self._restless = unrest is not None
+
+    # Going back ------------------------------------------------------------------------------------------------------
+
+    def _snapshot(self) -> Snapshot:
+        others = {
+            "policy": self._policy.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "watch": msgspec.to_builtins(self._watch),
+            "spikes": msgspec.to_builtins(self._spikes),
+            "ema_updates": self.ema.updates,
+            "batch": self._batch,
+        }
+        return Snapshot.take(self._step, modules=self._modules(), optimizer=self.optimizer, others=others)
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        return {"model": unwrap_model(self.model), "ema": self.ema.ema}
+
+    def _go_back(self, found: Divergence) -> None:
+        """Restore the last good state and lower the rate; after the last rollback, restore it and stop.
+
+        The host's clock runs on, so that the schedule ends when it would have; a warm-up that the state had not
+        finished is made again from where it was.
+        """
+        good = self._snapshots.go_back(self._step)
+        if good is None:
+            raise RuntimeError("no state to go back to: guard.divergence=rollback takes one before its first step")
+        others = good.restore_(modules=self._modules(), optimizer=self.optimizer)
+        self._policy.load_state_dict(others["policy"])
+        self.scaler.load_state_dict(others["scaler"])
+        self.ema.updates = others["ema_updates"]
+        self._watch = msgspec.convert(others["watch"], DivergenceWatch)
+        self._spikes = msgspec.convert(others["spikes"], SpikeWatch)
+        self._health, self._restless, self._look, self._bounds = HealthWatch(), False, None, []
+        if self._rollbacks >= self._config.guard.max_rollbacks:
+            after = f"after {self._rollbacks} rollbacks; the weights are those of step {good.step}"
+            self._divergence = Divergence(found.kind, found.step, f"{found.reason}, {after}")
+            self._stop_reason = f"{found.kind} at step {found.step}: {self._divergence.reason}"
+            self.stop = True
+            return
+        self._rollbacks += 1
+        self._lr_factor *= self._config.guard.backoff
+        self._warmup_again = (self._batch, others["batch"])
+        if self._run:
+            event = {"event": "rollback", "step": self._step, "epoch": self.epoch, "kind": found.kind}
+            event |= {"reason": found.reason, "to_step": good.step}
+            self._run.append_event(event | {"lr_factor": self._lr_factor, "rollbacks": self._rollbacks})
+            LOGGER.warning(
+                f"Back to the state of step {good.step}, learning rate times {self._lr_factor:g} from here on "
+                f"(rollback {self._rollbacks} of {self._config.guard.max_rollbacks})"
+            )
+
+    def _rate_factor(self) -> float:
+        """What the host's rates are multiplied by: the backoffs, and the rest of a warm-up that is made again."""
+        if self._warmup_again is None:
+            return self._lr_factor
+        length = self._get_warmup_iterations(len(self.train_loader))
+        at, to = self._warmup_again
+        ours, hosts = min(1.0, (to + self._batch - at) / length) if length else 1.0, 1.0
+        if length and self._batch < length:
+            hosts = max(self._batch, 1) / length
+        if ours >= 1:
+            self._warmup_again = None
+        return self._lr_factor * min(1.0, ours / hosts)
+
+    @contextmanager
+    def _lowered_rates(self) -> Iterator[None]:
+        """The optimizer's rates as they are after rollbacks; the host's own are put back, which it goes on from."""
+        factor = self._rate_factor()
+        groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
+        if factor != 1:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * factor
+        try:
+            yield
+        finally:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
 
     def _refuses(self, measured: GradientNorms, having: list[int]) -> bool:
         """Whether this unsound step is not applied; every rank decides alike, since gradients are reduced by now."""
@@ -318,18 +476,21 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self.stop = True
         return wanted != "off"
 
-    def _judge(self, found: Divergence | None, *, stoppable: bool = True) -> None:
-        """Keep the first divergence, say it, and stop where that is wanted."""
+    def _judge(self, found: Divergence | None, *, running: bool = True) -> None:
+        """Say a divergence, and what is done about it; while the run goes on, go back or stop where that is wanted."""
         if found is None:
             return
-        stops = stoppable and self._config.guard.divergence == "stop"
+        action = self._config.guard.divergence if running else "off"
         if self._run:
             event = {"event": "divergence", "kind": found.kind, "step": found.step, "reason": found.reason}
-            self._run.append_event({**event, "epoch": self.epoch, "stopped": stops})
-            advice = "" if stops else "; guard.divergence=stop would end the run here"
+            self._run.append_event({**event, "epoch": self.epoch, "action": action})
+            advice = "; guard.divergence=rollback would go back, =stop end the run here" if action == "off" else ""
             LOGGER.warning(f"Diverged ({found.kind}) at step {found.step}: {found.reason}{advice}")
+        if action == "rollback":
+            self._lost = self._lost or found
+            return
         self._divergence = self._divergence or found
-        if stops:
+        if action == "stop":
             self._stop_reason = f"{found.kind} at step {found.step}: {found.reason}"
             self.stop = True
 
@@ -416,6 +577,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         """Keep this step's values, still on the device; read them when it is time."""
         done, self._accumulated = self._accumulated, _Accumulated()
         step, self._step = self._step, self._step + 1
+        if step % LOOK_EVERY == 0:
+            self._look = self._looked(moved)
         if self._run is None:
             return
         values: dict[str, Any] = {"loss": done.loss / done.images}
@@ -433,7 +596,6 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             "attempt": self._attempt,
             "batch": self._batch,
             "images": done.images * max(self.world_size, 1),
-            "lr": self.optimizer.param_groups[self._main_group]["lr"],
             "time_s": self._seconds(),
         }
         self._buffer.add(known, values, measured.total_norm.device)
@@ -445,20 +607,29 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     ) -> dict[str, Tensor]:
         """Vectors over the stages, named as `LayerRecord` names them."""
         norms = self._spread(measured.norms, having)
+        weights, ratios = self._layer_weights(moved)
+        return {
+            "layer/grad_norm": self._layers.norms(norms),
+            "layer/weight_norm": weights,
+            "layer/update_ratio": ratios,
+            "layer/nonfinite": self._layers.sums((~torch.isfinite(norms)).to(norms.dtype)),
+        }
+
+    def _layer_weights(self, moved: UpdateRatios | None) -> tuple[Tensor, Tensor]:
+        """Norm of each stage's weights, and of its update over it, which is 0 where none was made or measured."""
         weight_norm = tensor_norms(self._trained) if moved is None else moved.weight_norm
         update_norm = torch.zeros_like(weight_norm) if moved is None else moved.update_norm * moved.scale
         weights = self._layers.norms(self._spread(weight_norm, self._trained_index))
         updates = self._layers.norms(self._spread(update_norm, self._trained_index))
-        # No column: for the watch alone.
+        return weights, updates / weights.clamp_min(torch.finfo(weights.dtype).tiny)
+
+    def _looked(self, moved: UpdateRatios | None) -> Tensor:
+        """A look at the model, still on the device: median update ratio (NaN if unknown), variance, weight norms."""
+        weights, ratios = self._layer_weights(moved)
         variances = [b for n, b in unwrap_model(self.model).named_buffers() if n.endswith("running_var")]
-        variance = torch._foreach_norm(variances, math.inf) if variances else [weight_norm.new_zeros(())]
-        return {
-            "bn/running_var": torch.stack(tuple(variance)).max(),
-            "layer/grad_norm": self._layers.norms(norms),
-            "layer/weight_norm": weights,
-            "layer/update_ratio": updates / weights.clamp_min(torch.finfo(weights.dtype).tiny),
-            "layer/nonfinite": self._layers.sums((~torch.isfinite(norms)).to(norms.dtype)),
-        }
+        variance = torch._foreach_norm(variances, math.inf) if variances else [weights.new_zeros(())]
+        ratio = weights.new_full((), math.nan) if moved is None else ratios[weights > 0].median()
+        return torch.cat([torch.stack([ratio, torch.stack(tuple(variance)).max().to(ratio)]), weights])
 
     def _spread(self, values: Tensor, index: list[int]) -> Tensor:
         """Values of some parameters as a vector over all of them, zero elsewhere."""
@@ -480,13 +651,6 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
                 self._step_parts.append([record.row()])
             columns = {k[6:]: v for k, v in values.items() if k.startswith("layer/")}
             if columns:
-                weight_norms = dict(zip(self._layers.names, columns["weight_norm"], strict=True))
-                running_var = values["bn/running_var"]
-                self._judge(
-                    self._watch.add_state(record.step, weight_norms=weight_norms, running_var=running_var),
-                    # Several processes get here at different times, and one that stopped alone would hang the others.
-                    stoppable=self.world_size <= 1,
-                )
                 rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
                 self._layer_parts.append(
                     LayerRecord(step=record.step, layer=layer, **{**row, "nonfinite": int(row["nonfinite"])}).row()
@@ -551,6 +715,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
     def _end_epoch(self) -> None:
         """Write records before validation takes its time, and put the epoch's columns where loggers look."""
+        factor = self._rate_factor()
+        if factor != 1:  # what loggers are shown is what was used
+            self.lr = {name: rate * factor for name, rate in self.lr.items()}
         if self._run is None:
             return
         self._drain()
@@ -615,7 +782,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _settle(self, status: Status) -> None:
         """Say in the status whether the run has diverged, now that its end is known."""
         if status.outcome == "completed":
-            self._judge(self._watch.end(self._step, map50=self._map50), stoppable=False)
+            self._judge(self._watch.end(self._step, map50=self._map50), running=False)
         found = self._divergence
         if found and status.outcome == "completed" and self._map50 is not None and self._map50 >= NO_QUALITY:
             found = None  # it was let go on, and has healed; the event stays
@@ -657,7 +824,11 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             "config": self._config.to_dict(),
             "policy": self._policy.state_dict(),
             "watch": msgspec.to_builtins(self._watch),
+            "spikes": msgspec.to_builtins(self._spikes),
             "divergence": msgspec.to_builtins(self._divergence),
+            "rollbacks": self._rollbacks,
+            "lr_factor": self._lr_factor,
+            "warmup_again": self._warmup_again,
             "step": self._step,
             "attempt": self._attempt,
             "seconds": self._seconds(),
@@ -691,8 +862,20 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._policy.load_state_dict(state["policy"])
 
     def _handle_nan_recovery(self, epoch: int) -> bool:
-        """The host's going back to `last.pt` after a NaN epoch, unless the guard has stopped the run."""
-        return not self._stop_reason and bool(super()._handle_nan_recovery(epoch))
+        """The host's going back to `last.pt` after a NaN epoch, where that is not the guard's.
+
+        A loss that is not finite is the guard's, unless it is off: the step was left out, or taken back. The host would
+        throw away the epoch for it. What validation came to stays the host's to judge.
+        """
+        if self._stop_reason:
+            return False
+        loss = self.loss
+        if self._config.guard.nonfinite != "off":
+            self.loss = None
+        try:
+            return bool(super()._handle_nan_recovery(epoch))
+        finally:
+            self.loss = loss
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         """Continue exactly where the checkpoint was made, with the run's own configuration."""
@@ -717,7 +900,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
                 saved["fused"] = group.get("fused")
         self.optimizer.load_state_dict(state["optimizer"])
         self._watch = msgspec.convert(state["watch"], DivergenceWatch)
+        self._spikes = msgspec.convert(state["spikes"], SpikeWatch)
         self._divergence = msgspec.convert(state["divergence"], Divergence | None)
+        self._rollbacks, self._lr_factor = state["rollbacks"], state["lr_factor"]
+        self._warmup_again = state["warmup_again"]
         self._step, self._attempt = state["step"], state["attempt"]
         self._seconds_before, self._last_step_batch = state["seconds"], state["last_step_batch"]
         if state["mosaic_closed"]:  # the host would close it again and draw from the loader's generator in doing so

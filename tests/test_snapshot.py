@@ -1,0 +1,97 @@
+"""`yolo_gradstab.snapshot`: a state restored is the state taken, as often as wanted; and which one is gone back to."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from yolo_gradstab.snapshot import LEAST_EVERY, MOST_EVERY, RESTLESS_STEPS, Snapshot, Snapshots
+
+
+def network(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+    cls: Any = {"SGD": torch.optim.SGD, "AdamW": torch.optim.AdamW}[optimizer]
+    more = {"momentum": 0.9} if optimizer == "SGD" else {}
+    return model, cls(model.parameters(), lr=0.1, **more)
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3, 8, 8, generator=generator)).square().mean().backward()
+        optimizer.step()
+
+
+def take(step: int, model: nn.Module, optimizer: torch.optim.Optimizer, **others: Any) -> Snapshot:
+    return Snapshot.take(step, modules={"model": model}, optimizer=optimizer, others=others)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("before", [0, 3])
+def test_training_from_a_restored_state_is_training_from_that_state(optimizer: str, before: int) -> None:
+    model, optim = network(optimizer)
+    steps(model, optim, before, seed=1)
+    snapshot = take(before, model, optim, history=[1.0])
+    steps(model, optim, 2, seed=2)
+    expected = copy.deepcopy(model.state_dict())
+    for _ in range(2):  # a second time: going back must not have used the snapshot up
+        steps(model, optim, 5, seed=3)
+        others = snapshot.restore_(modules={"model": model}, optimizer=optim)
+        others["history"].append(2.0)
+        steps(model, optim, 2, seed=2)
+        assert all(torch.equal(expected[key], value) for key, value in model.state_dict().items())
+    assert snapshot.others == {"history": [1.0]}
+
+
+def test_rates_stay_those_of_the_schedule() -> None:
+    model, optim = network("SGD")
+    snapshot = take(0, model, optim)
+    optim.param_groups[0]["lr"] = 0.025
+    snapshot.restore_(modules={"model": model}, optimizer=optim)
+    assert optim.param_groups[0]["lr"] == 0.025
+
+
+def shot(step: int) -> Snapshot:
+    return Snapshot(step, {}, {}, {})
+
+
+def run(snapshots: Snapshots, until: int, first: int = 0, restless: tuple[int, ...] = ()) -> list[int]:
+    taken = []
+    for step in range(first, until):
+        if step in restless:
+            snapshots.disturb(step)
+        if snapshots.is_due(step):
+            snapshots.add(shot(step))
+            taken.append(step)
+    return taken
+
+
+def test_a_state_is_good_once_the_next_one_is_taken() -> None:
+    snapshots = Snapshots()
+    assert run(snapshots, 41) == [0, 20, 40]
+    assert snapshots.good is not None and snapshots.good.step == 20  # 40 has not been calm for long yet
+    assert snapshots.go_back(45) is snapshots.good
+    assert run(snapshots, 90, first=46) == [65, 85]
+    assert snapshots.good.step == 65
+
+
+def test_snapshots_thin_out_as_a_run_grows_long() -> None:
+    taken = run(Snapshots(), 10_000)
+    gaps = [b - a for a, b in itertools.pairwise(taken)]
+    assert min(gaps) == LEAST_EVERY and gaps[-1] == MOST_EVERY
+    assert all(gap <= max(LEAST_EVERY, step // 10) for step, gap in zip(taken, gaps, strict=False))
+
+
+def test_what_came_just_before_unrest_is_not_gone_back_to() -> None:
+    snapshots = Snapshots()
+    assert run(snapshots, 60, restless=(45,)) == [0, 20, 40]
+    assert snapshots.go_back(60) is not None and snapshots.good is not None and snapshots.good.step == 20
+    calm = Snapshots()
+    assert run(calm, 200, restless=(45, 50)) == [0, 20, 40, 50 + RESTLESS_STEPS, 50 + RESTLESS_STEPS + 20, 190]
