@@ -42,7 +42,9 @@ Our keys, beside Ultralytics' own (also from a file: gradstab=FILE.yaml, which k
   clip=none|norm|value|agc|autoclip|zclip|tensor_ema|stabilizer   clip.FIELD=...   default: norm 10, as stock
   update_clip=0.03   update_clip.follow_lr=true                   largest relative step of a tensor; default: off
   guard.nonfinite=skip|stop|off                                   a step with a NaN or inf gradient; default: skip
-  guard.divergence=stop|off                                       a run that has diverged; default: off, only noticed
+  guard.spike=off|clip|skip                                       a norm far above the run's own; default: off
+  guard.divergence=rollback|stop|off   guard.backoff=0.5   guard.max_rollbacks=3    a run that has diverged; default:
+                                                                  back to a good state, rates times the backoff
   telemetry.every=1   telemetry.layers_every=10                   in optimizer steps
 """
 

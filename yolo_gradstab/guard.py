@@ -236,7 +236,7 @@ class HealthWatch(msgspec.Struct):
         self.running_vars = [*self.running_vars[-UNREST_LOOKS:], running_var]
         before, variance = self.weight_norms[0], max(self.running_vars[0], 1.0)  # which variances start at
         growth = {layer: norm / before[layer] for layer, norm in weight_norms.items() if before.get(layer, 0.0) > 0}
-        layer = max(growth, key=lambda name: growth[name], default=None)
+        layer = max(growth, key=lambda name: (math.isnan(growth[name]), growth[name]), default=None)
         if layer is not None and not growth[layer] <= UNREST_GROWTH:
             return Unrest("weight_growth", layer, growth[layer], UNREST_GROWTH)
         if not running_var <= UNREST_VARIANCE * variance:

@@ -31,12 +31,15 @@ import time
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import polars as pl
 
 from yolo_gradstab.runs import RunError, RunFolder, Status, replacing
+
+if TYPE_CHECKING:
+    from yolo_gradstab.diagnosis import Finding
 
 __all__ = ["LAYER_SCHEMA", "STEP_SCHEMA", "LayerRecord", "PartWriter", "Run", "StepRecord", "read_parts", "read_run"]
 
@@ -192,6 +195,12 @@ class Run:
     def events(self) -> list[dict[str, Any]]:
         """What happened beside the ordinary: skips, stops."""
         return self.folder.read_events()
+
+    def diagnose(self) -> list[Finding]:
+        """What went wrong, in words, the root cause first (`yolo_gradstab.diagnosis`)."""
+        from yolo_gradstab import diagnosis  # which reads these tables, so it cannot be imported above
+
+        return diagnosis.diagnose(diagnosis.records_of(self))
 
     @cached_property
     def args(self) -> dict[str, Any]:
