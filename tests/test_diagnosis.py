@@ -521,6 +521,8 @@ def test_what_is_not_finite_is_named_by_tensor_component_and_batch() -> None:
     assert labels.evidence["problem 1"].value == "box.jpg: box 2 has zero size"
     module = the("module_fault", CASES["module_fault"][0])
     assert (module.where, "(Divide)" in module.message) == ("model.6.m.0", True)
+    between = run(incidents=[incident(first_bad=bad("forward", module=None, type="sqrt"))], events=[skip()])
+    assert "the operation sqrt between modules" in the("module_fault", between).message
     applied = run(events=[skip() | {"event": "nonfinite"}], columns=spoiled(30))
     assert the("nonfinite_gradient", applied).advice.startswith("Set guard.nonfinite=skip")
 

@@ -447,7 +447,7 @@ def _module_fault(case: _Case) -> Iterator[Finding]:
     """A module that turns sound values into ones that are not, with sound weights."""
     for incident in case.records.incidents:
         first = incident.first_bad
-        if first is None or first.module is None or first.where not in {"forward", "backward"}:
+        if first is None or first.where not in {"forward", "backward"} or not (first.module or first.type):
             continue
         if _with(incident, "bad_pixels") or incident.nonfinite_weights:
             continue
@@ -469,13 +469,19 @@ def _module_fault(case: _Case) -> Iterator[Finding]:
         yield Finding(
             kind="module_fault",
             severity="error" if first.what == "nonfinite" else case.severity,
-            message=f"the module {first.module} ({first.type or 'of unknown type'}) turns {did}{pass_}",
+            message=f"{_module_name(first)} turns {did}{pass_}",
             step=incident.step,
-            where=first.module,
+            where=first.module or first.type,
             evidence=evidence | ({"note": Measured(first.note)} if first.note else {}),
             advice=f"Repair this module in the model that {_model(case)} names.",
         )
         return
+
+
+def _module_name(first: FirstBadRecord) -> str:
+    if first.module is None:
+        return f"the operation {first.type} between modules"
+    return f"the module {first.module} ({first.type or 'of unknown type'})"
 
 
 def _bad_init(case: _Case) -> Iterator[Finding]:
