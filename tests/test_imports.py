@@ -19,6 +19,7 @@ def loaded(module: str) -> set[str]:
         "yolo_gradstab.figures", "yolo_gradstab.report", "yolo_gradstab.sweep", "yolo_gradstab.cli",
         "yolo_gradstab.coco", "yolo_gradstab.guard", "yolo_gradstab.comparison",
         "yolo_gradstab.stats", "yolo_gradstab.executors", "yolo_gradstab.trial", "yolo_gradstab.diagnosis",
+        "yolo_gradstab.incident", "yolo_gradstab.localisation", "yolo_gradstab.replay",
         "yolo_gradstab.audit",
     ],
 )  # fmt: skip
@@ -26,7 +27,7 @@ def test_reading_results_loads_neither_torch_nor_the_host(module: str) -> None:
     assert loaded(module) == set()
 
 
-@pytest.mark.parametrize("module", ["yolo_gradstab.norms", "yolo_gradstab.clipping"])
+@pytest.mark.parametrize("module", ["yolo_gradstab.norms", "yolo_gradstab.clipping", "yolo_gradstab.snapshot"])
 def test_the_numerics_load_torch_alone(module: str) -> None:
     assert loaded(module) == {"torch"}
 

@@ -33,6 +33,7 @@ yolo-gradstab: Ultralytics YOLO training with gradients measured, clipped and re
                          [lr_min=1e-5] [lr_max=1] [steps=150] [out=runs/lr_range]
   yolo-gradstab report DIR [DIR ...] [out=DIR]   report.html, report.md, summary.json, trials.csv
   yolo-gradstab diagnose RUN [format=json]       what went wrong in a run, or in a checkpoint (.pt), in words
+  yolo-gradstab replay INCIDENT [weights=last.pt|scratch]    rerun a captured batch and say where it first goes bad
   yolo-gradstab bench [format=json]              what a step costs, against stock and against how others log
   yolo-gradstab data check   coco=FILE.json images=DIR [task=detect|pose|segment] [format=json]
   yolo-gradstab data convert coco=FILE.json images=DIR out=DIR [task=...]              YOLO labels
@@ -414,6 +415,43 @@ def _diagnose(words: list[str]) -> int:
     return 0
 
 
+def _replay(words: list[str]) -> int:
+    """What was captured, where it went bad then, and where it goes bad now; going bad is no failure."""
+    from yolo_gradstab.incident import NOT_LOCALISED, read_incident
+    from yolo_gradstab.localisation import first_bad_words, same_place
+
+    if not words or "=" in words[0]:
+        raise UsageError("replay: give an incident first, e.g. `yolo-gradstab replay RUN/gradstab/incidents/12`")
+    options = _options("replay", _pairs(words[1:]), required=(), optional={"weights": None})
+    incident = read_incident(words[0])
+    numbers = [("loss", incident.loss), ("gradient norm", incident.total_norm)]
+    said = ", ".join(f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in numbers)
+    where = f"epoch {incident.epoch}, batch {incident.batch}"
+    _print_line(f"Captured at step {incident.step} ({where}) of a {incident.task} run, {incident.reason}: {said}")
+    bad = [image for image in incident.images if image.problems]
+    _print_line(f"{len(bad)} of {len(incident.images)} images with problems{':' if bad else ''}")
+    for image in bad:
+        _print_line(f"  {image.path}: {'; '.join(image.problems)}")
+    if incident.note:
+        _print_line(f"note: {incident.note}")
+    known = incident.first_bad is not None or NOT_LOCALISED not in incident.note
+    _print_line(f"Then: {first_bad_words(incident.first_bad) if known else NOT_LOCALISED}")
+    from yolo_gradstab.replay import replay
+
+    found = replay(words[0], weights=options["weights"])
+    same = "the same place" if same_place(found, incident.first_bad) else "another place"
+    with_weights = "" if options["weights"] is None else f" (weights={options['weights']})"
+    _print_line(f"Now{with_weights}: {first_bad_words(found)}")
+    if known:
+        print(f"That is {same}.")
+    return 0
+
+
+def _print_line(text: str) -> None:
+    """What a stranger's file says, without what a terminal would obey."""
+    print("".join(letter if letter.isprintable() else "?" for letter in text), flush=True)
+
+
 # Rates that show the regimes on the drawn sets: stock's best, above it, and where stock is lost.
 DEMO_RATES = [0.03, 0.1, 1.0]
 
@@ -558,4 +596,5 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "lr-range": _lr_range,
     "report": _report,
     "diagnose": _diagnose,
+    "replay": _replay,
 }
