@@ -28,6 +28,8 @@ from ultralytics.models.yolo.pose import PoseTrainer
 from yolo_gradstab import read_run, trainer_for
 from yolo_gradstab.config import ConfigError
 from yolo_gradstab.guard import find_divergences
+from yolo_gradstab.incident import read_incident
+from yolo_gradstab.replay import replay
 
 pytestmark = pytest.mark.filterwarnings("default")  # the host's own warnings are not ours to fail on
 
@@ -234,7 +236,8 @@ def test_a_bad_step_is_left_out_and_nothing_else_changes(
     assert row["nonfinite"] == (0 if value == 1e20 else 1)
     if value == 1e20:
         assert row["total_norm"] == pytest.approx(1e20, rel=1e-6)  # the norm itself is finite, and right
-    (event,) = run.events
+    event, kept = run.events
+    assert (kept["event"], kept["path"]) == ("incident", "incidents/3")
     name = [n for n, _ in ours.model.named_parameters()][5]
     assert (event["event"], event["step"], event["batch"]) == ("skip", 3, 3)
     assert event["reason"] == ("gradient_overflow" if value == 1e20 else "nonfinite_gradient")
@@ -304,8 +307,25 @@ def test_a_bad_image_does_not_poison_batchnorm(drawn: dict[str, DrawnSet], tmp_p
     run = read_run(tmp_path / "run")
     assert run.steps["skipped"].to_list() == [step == 2 for step in range(8)]
     assert run.steps["loss"][3:].is_finite().all()
-    assert [event["event"] for event in run.events] == ["skip", "buffers_restored"]
-    assert run.events[1]["num_buffers"] > 100
+    assert [event["event"] for event in run.events] == ["skip", "incident", "buffers_restored"]
+    assert run.events[2]["num_buffers"] > 100
+
+
+def test_the_first_batch_of_a_trouble_is_kept_and_replays(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    cls = type("Bad", (BadImage, trainer_for("pose")), {"from_step": 2, "to_step": 4})
+    train(cls, drawn["pose"].arguments(tmp_path, name="run", val=False))
+    run = read_run(tmp_path / "run")
+    assert [event["path"] for event in run.events if event["event"] == "incident"] == ["incidents/2"]
+    folder = run.folder.gradstab / "incidents" / "2"
+    incident = read_incident(folder)
+    assert (incident.step, incident.reason, incident.task) == (2, "nonfinite_gradient", "pose")
+    assert incident.first_bad is not None and incident.first_bad.where == "input"
+    bad = [image for image in incident.images if image.bad_pixels]
+    assert [(image.nonfinite, Path(image.path).suffix) for image in bad] == [(1, ".png")]
+    assert replay(folder) == incident.first_bad
+    top = run.diagnose()[0]
+    assert (top.kind, top.step) == ("bad_images", 2)
+    assert Path(bad[0].path).name in str(top.where)
 
 
 def test_guard_stop_is_not_undone_by_the_host(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
@@ -376,7 +396,8 @@ def test_a_blowup_that_heals_is_a_completed_run(drawn: dict[str, DrawnSet], tmp_
     train(Healing, drawn["detect"].arguments(tmp_path, name="run", epochs=4))
     run = read_run(tmp_path / "run")
     assert (run.status.outcome, run.status.divergence, run.status.reason) == ("completed", None, None)
-    assert [(event["kind"], event["step"]) for event in run.events] == [("blowup", 12)]
+    found = [(event["kind"], event["step"]) for event in run.events if event["event"] == "divergence"]
+    assert found == [("blowup", 12)]
 
 
 def test_a_run_whose_every_step_is_bad_has_diverged(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
@@ -575,7 +596,7 @@ def test_guard_off_applies_what_torch_applies(drawn: dict[str, DrawnSet], tmp_pa
     ours = train(faulty(cls, 1e20, at=2), arguments | {"name": "overflow"})
     assert all(torch.isfinite(v).all() for v in ours.model.state_dict().values())  # clipped to 10, not zeroed
     run = read_run(tmp_path / "overflow")
-    assert [event["event"] for event in run.events] == ["nonfinite"]
+    assert [event["event"] for event in run.events] == ["nonfinite", "incident"]
     assert run.steps["clipped_norm"][2] == pytest.approx(10)
     assert not run.steps["skipped"].any()
     poisoned: list[bool] = []

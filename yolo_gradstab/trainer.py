@@ -48,6 +48,7 @@ from yolo_gradstab.guard import (
     Spike,
     SpikeWatch,
 )
+from yolo_gradstab.incident import capture
 from yolo_gradstab.norms import (
     FLOAT32_NORM_LIMIT,
     GradientNorms,
@@ -66,6 +67,8 @@ __all__ = ["TASKS", "GradstabMixin", "trainer_for"]
 TASKS: dict[str, type[BaseTrainer]] = {"detect": DetectionTrainer, "pose": PoseTrainer}
 
 MAP50 = ("metrics/mAP50(P)", "metrics/mAP50(B)")  # the host's names; a pose run has both
+
+MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 
 STATE_KEY = "gradstab"  # of our state, inside the checkpoint's optimizer state
 
@@ -180,6 +183,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._buffer = _StepBuffer()
         self._step = 0
         self._attempt = 0
+        self._micro_batches: list[dict[str, Any]] = []  # micro-batches since the last optimizer step, as they went in
+        self._trouble: str | None = None  # of this step, worth an incident
+        self._was_troubled = False
         self._bounds: list[float] = []  # of the parameter groups, as last uploaded
         self._batch_in_epoch = 0
         self._batch_images = 0
@@ -261,6 +267,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         batch = super().preprocess_batch(batch)
         self._batch_in_epoch += 1
         self._batch_images = len(batch["img"])
+        self._micro_batches.append(batch)
         if self._aligning:
             # The host steps on the first batch after a resume, as if none had been accumulated. It compares
             # `ni + 1 >= accumulate` then; adding what had passed makes it step where the uninterrupted run did.
@@ -289,6 +296,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         skipped = skipped or (spike is not None and self._config.guard.spike == "skip")
         self._judge(self._watch.add(self._step, loss=loss, total_norm=total_norm, skipped=skipped))
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        self._keep_incident(measured, having, total_norm=total_norm, loss=loss)
         # A step that shows the run to be lost is not made either: its weights will be taken back.
         applied = not skipped and self._lost is None
         if applied:
@@ -333,6 +341,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             event = {"event": "spike", "step": self._step, "epoch": self.epoch, "batch": self._batch}
             event |= {"total_norm": total_norm, "median": spike.median, "z": spike.z, "action": action}
             self._run.append_event(event)
+        self._trouble = None if spike.is_new_level else "spike"
         return None if spike.is_new_level else spike
 
     def _read(self, total_norm: Tensor) -> tuple[float, float]:
@@ -368,6 +377,40 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
                 event = {"event": "warning", "step": self._step - 1, "epoch": self.epoch}
                 self._run.append_event(event | msgspec.to_builtins(unrest))
         self._restless = unrest is not None
+
+    def _keep_incident(self, measured: GradientNorms, having: list[int], *, total_norm: float, loss: float) -> None:
+        """At the first step of a trouble, keep the batch and find where it first goes bad; weights are untouched yet.
+
+        In one process only: a rank that runs the model alone would wait for the others where they share BatchNorm.
+        """
+        reason, is_first = self._trouble, not self._was_troubled
+        self._trouble, self._was_troubled = None, reason is not None
+        if reason is None or not is_first or self._run is None or self.world_size > 1:
+            return
+        folder = self._run.gradstab / "incidents"
+        folder.mkdir(exist_ok=True)
+        if sum(1 for _ in folder.iterdir()) >= MOST_INCIDENTS:
+            return
+        names = (self._names[i] for i in having)
+        capture(
+            folder / str(self._step),
+            model=self.model,
+            batches=self._micro_batches,
+            losses={name: float(value) for name, value in self.loss_items.items()},
+            step=self._step,
+            epoch=self.epoch,
+            batch=self._batch,
+            reason=reason,
+            task=self.args.task,
+            total_norm=total_norm,
+            grads=dict(zip(names, measured.norms.tolist(), strict=True)),
+            loss=loss,
+            autocast_dtype=torch.bfloat16 if self.args.amp == "bf16" else torch.float16 if self.amp else None,
+            scale=self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
+        )
+        event = {"event": "incident", "step": self._step, "epoch": self.epoch, "batch": self._batch, "reason": reason}
+        self._run.append_event(event | {"path": f"incidents/{self._step}"})
+        LOGGER.warning(f"Batch kept: yolo-gradstab replay {folder / str(self._step)}")
 
     # Going back ------------------------------------------------------------------------------------------------------
 
@@ -457,6 +500,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             reason = "scaler_overflow" if self.scaler.is_enabled() else "nonfinite_gradient"
         wanted = self._config.guard.nonfinite
         total_norm = float(measured.total_norm)
+        self._trouble = None if reason == "scaler_overflow" else reason
         if self._run:
             self._run.append_event(
                 {
@@ -481,6 +525,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if found is None:
             return
         action = self._config.guard.divergence if running else "off"
+        self._trouble = self._trouble or found.kind
         if self._run:
             event = {"event": "divergence", "kind": found.kind, "step": found.step, "reason": found.reason}
             self._run.append_event({**event, "epoch": self.epoch, "action": action})
@@ -576,6 +621,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     ) -> None:
         """Keep this step's values, still on the device; read them when it is time."""
         done, self._accumulated = self._accumulated, _Accumulated()
+        self._micro_batches = []
         step, self._step = self._step, self._step + 1
         if step % LOOK_EVERY == 0:
             self._look = self._looked(moved)
@@ -704,7 +750,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _start_epoch(self) -> None:
         if self.epoch == self._epoch_seen:  # out of memory or NaN: the host starts this epoch again, gradients dropped
             self._attempt += 1
-            self._accumulated = _Accumulated()
+            self._accumulated, self._micro_batches = _Accumulated(), []
             self._last_step_batch, self._aligning, self._nominal_accumulate = -1, False, None
         self._epoch_seen, self._batch_in_epoch = self.epoch, 0
         self._epoch_rows = []
