@@ -592,7 +592,7 @@ def test_a_broken_device_still_leaves_a_true_status(drawn: dict[str, DrawnSet], 
 
 def test_guard_off_applies_what_torch_applies(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     arguments = drawn["detect"].arguments(tmp_path, epochs=1, val=False)
-    cls = trainer_for("detect", {"guard.nonfinite": "off"})
+    cls = trainer_for("detect", {"guard": {"nonfinite": "off", "divergence": "off"}})
     ours = train(faulty(cls, 1e20, at=2), arguments | {"name": "overflow"})
     assert all(torch.isfinite(v).all() for v in ours.model.state_dict().values())  # clipped to 10, not zeroed
     run = read_run(tmp_path / "overflow")
