@@ -23,7 +23,7 @@ from conftest import MODELS, DrawnSet
 from torch import nn
 from ultralytics.cfg import get_cfg
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.nn.tasks import DetectionModel, PoseModel
+from ultralytics.nn.tasks import DetectionModel, PoseModel, parse_model
 
 from yolo_gradstab import cli, incident, replay
 from yolo_gradstab.incident import Incident, IncidentError, capture, image_notes, images_of, read_incident
@@ -702,7 +702,7 @@ def test_what_the_losses_read_is_rebuilt(tmp_path: Path) -> None:
     kept(tmp_path / "1", model, batch, autocast_dtype=torch.bfloat16, scale=8.0)
     spec = incident.read_json(tmp_path / "1" / "model.json", incident.ModelSpec)
     assert (spec.autocast, spec.scale) == ("bfloat16", 8.0)
-    again = replay._build(spec, tmp_path)
+    again = replay._build(spec, tmp_path, images=batch["img"].shape, labels=2)
     again.load_state_dict(model.state_dict())
     assert [m.training for m in again.modules()] == [m.training for m in model.modules()]
     assert [p.requires_grad for p in again.parameters()] == [p.requires_grad for p in model.parameters()]
@@ -844,6 +844,10 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"cannot build this model \([\d,]+ parameters, at most 134,217,728 can be replayed",
     ),
     "from none": (lambda f: edit_layer(f, -1, 1, "Conv", [8]), "yaml layer 1 from must be layers before it"),
+    "padding": (
+        lambda f: edit_yaml(f, backbone=[[-1, 1, "Conv", [64, 3, 1, 10_000]]] * 4),
+        r"cannot build this model \(a rerun takes about [\d,]+ GB, this machine has [\d,]+ GB",
+    ),
     "nonsense": (lambda f: edit_yaml(f, backbone=[[-1, 1, "Conv", []]] * 4), "the host cannot build this model"),
     "other model": (lambda f: edit_yaml(f, nc=7), r"weights.npz: .* of shape .*, the model's is float32 of shape"),
     "no weights": (lambda f: (f / "weights.npz").unlink(), "holds no weights"),
@@ -921,6 +925,23 @@ def test_every_stock_architecture_can_be_replayed() -> None:
         wanted = {key: value for key, value in architecture.items() if key in incident.YAML_KEYS}
         assert wanted.keys() == architecture.keys()
         replay._check_spec(incident.ModelSpec(task="detect", yaml=wanted), Path(name))
+
+
+def test_the_memory_of_a_rerun_is_known_beforehand() -> None:
+    def needed(model: dict[str, Any], images: tuple[int, ...], labels: int) -> int:
+        with torch.device("meta"):
+            layers, _ = parse_model(deepcopy(model), ch=3, verbose=False)
+            hooks = [len(module._forward_hooks) for module in layers.modules()]
+            found = replay._bytes(layers, images, labels)
+        assert [len(module._forward_hooks) for module in layers.modules()] == hooks
+        return found
+
+    one = {"nc": 3, "backbone": [[-1, 1, "Conv", [8, 3, 2]]], "head": []}
+    # Two images of 32 x 32 to 8 channels of 16 x 16: kept after the convolution, after BatchNorm, after the activation.
+    assert needed(one, (2, 3, 32, 32), 0) == 4 * 3 * 2 * 8 * 16 * 16
+    whole = {**MODEL, "head": [HEADS["detect"]]}
+    anchors = 8 * 8 + 4 * 4
+    assert needed(whole, (2, 3, 32, 32), 7) - needed(whole, (2, 3, 32, 32), 0) == 4 * 8 * 2 * 7 * anchors
 
 
 # The command

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.autograd.graph import Node
 
-__all__ = ["FirstBad", "first_bad_words", "listed", "localise", "localise_worst", "same_place", "seeded", "unwrapped"]
+__all__ = [
+    "FirstBad",
+    "first_bad_words",
+    "listed",
+    "localise",
+    "localise_worst",
+    "same_place",
+    "seeded",
+    "tensors_in",
+    "unwrapped",
+]
 
 HUGE_PIXEL = 100.0  # above which the images themselves are where it went bad: also images left at 0..255
 AMPLIFIED = 100.0  # largest value out over largest in, against the median of the modules of that type
@@ -207,13 +217,13 @@ class _Trace:
         self._owners.clear()  # with the graph's operations, whose hooks lead back here
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensors = _tensors([args, kwargs])
+        tensors = tensors_in([args, kwargs])
         inputs = [t.grad_fn for t in tensors if t.grad_fn is not None]
         self._running.append((self._name(module), _state(tensors) if tensors else None, inputs))
 
     def _after(self, module: nn.Module, _args: Any, _kwargs: Any, output: Any) -> None:
         name, before, inputs = self._running.pop()
-        tensors = _tensors(output)
+        tensors = tensors_in(output)
         if before is not None and tensors:
             self._passes.append(_Pass(module, name, before, _state(tensors)))
         for node in _operations((t.grad_fn for t in tensors), until=inputs):
@@ -338,7 +348,7 @@ def _operations(ends: Iterable[Node | None], *, until: Iterable[Node] = ()) -> l
     return found
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """Floating-point tensors with elements, in any nesting of lists, tuples and dictionaries."""
     import torch
 
@@ -346,7 +356,7 @@ def _tensors(value: Any) -> list[Tensor]:
         return [value] if value.is_floating_point() and value.numel() else []
     if isinstance(value, Mapping):
         value = list(value.values())
-    return [t for item in value for t in _tensors(item)] if isinstance(value, (list, tuple)) else []
+    return [t for item in value for t in tensors_in(item)] if isinstance(value, (list, tuple)) else []
 
 
 def _state(tensors: Sequence[Tensor]) -> Tensor:
@@ -359,7 +369,7 @@ def _state(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _largest_finite(value: Any) -> float | None:
-    tensors = _tensors(value)
+    tensors = tensors_in(value)
     return _known(float(_state(tensors)[1])) if tensors else None
 
 
@@ -368,7 +378,7 @@ def _known(largest: float) -> float | None:
 
 
 def _all_finite(tensors: Any) -> bool:
-    return all(bool(t.isfinite().all()) for t in _tensors(tensors))
+    return all(bool(t.isfinite().all()) for t in tensors_in(tensors))
 
 
 def _nonfinite_weights_note(module: nn.Module) -> str:

@@ -2,12 +2,14 @@
 
 Arrays are read by name, type and declared size, each checked before its data, and never unpickled. A model is built
 only from module names and words that stand in the host's own model files, since the host looks names up in its own
-globals and calls `eval()` on an activation. A checkpoint is a pickle: the host loads it, and only if it is named.
+globals and calls `eval()` on an activation; and only if this machine can hold what it would compute. A checkpoint is a
+pickle: the host loads it, and only if it is named.
 """
 
 from __future__ import annotations
 
 import math
+import os
 import re
 import zipfile
 import zlib
@@ -36,7 +38,7 @@ from yolo_gradstab.incident import (
     sha256_of,
     to_array,
 )
-from yolo_gradstab.localisation import FirstBad, localise, seeded
+from yolo_gradstab.localisation import FirstBad, localise, seeded, tensors_in
 
 __all__ = ["replay"]
 
@@ -53,7 +55,10 @@ MAX_MULTIPLE = 4.0  # of depth and width; the largest in a stock model is 2
 RGB = 3  # channels of an image, where a model's dictionary does not say
 MAX_CHANNELS = 64
 MAX_KEYPOINTS = 1000
-MAX_PARAMETERS = MAX_BYTES // 4  # float32: more cannot have been captured
+FLOAT_BYTES = 4  # a rerun is in float32, or in half precision beside it
+MAX_PARAMETERS = MAX_BYTES // FLOAT_BYTES  # more cannot have been captured
+STRIDE_SHAPE = (1, 256, 256)  # images, height and width with which the host measures a model's strides as it builds it
+ASSIGNED_TENSORS = 8  # of (images, labels, anchors) that the host's assigner holds at once, about
 # The host calls eval() on this string, so it must match as a whole.
 ACTIVATION = re.compile(
     r"(torch\.)?nn\.(SiLU|ReLU|ReLU6|LeakyReLU|GELU|ELU|SELU|CELU|Mish|Hardswish|Softplus|Sigmoid|Tanh|Identity)"
@@ -82,14 +87,19 @@ def replay(path: str | Path, *, weights: str | Path | None = None) -> FirstBad |
     if not (path / "model.json").is_file():
         raise IncidentError(f"{path}: holds no model.json (note: {note}), so nothing to rerun")
     spec = read_json(path / "model.json", ModelSpec)
-    model = _build(spec, path / "model.json")
+    _check_spec(spec, path / "model.json")
+    arrays = _read_batch(path, spec)
+    owners = arrays.get("batch_idx", np.zeros(0)).astype(int)
+    labels = int(np.bincount(owners).max()) if owners.size else 0
+    model = _build(spec, path / "model.json", images=arrays["img"].shape, labels=labels)
     if weights is None:
         _load_captured(model, path)
     elif str(weights) != "scratch":
         _load_checkpoint(model, Path(weights))
-    batch = _read_batch(path, spec)
     import torch
 
+    images = images_of(arrays.pop("img"), spec.pixels)
+    batch = {"img": torch.from_numpy(images)} | {name: torch.from_numpy(array) for name, array in arrays.items()}
     dtype = getattr(torch, spec.autocast) if spec.autocast else None
     try:
         return localise(model, batch, autocast_dtype=dtype, scale=spec.scale)
@@ -97,13 +107,18 @@ def replay(path: str | Path, *, weights: str | Path | None = None) -> FirstBad |
         raise IncidentError(f"{path}: the batch cannot be run ({one_line(error)})") from None
 
 
-def _build(spec: ModelSpec, path: Path) -> Any:
-    """The model as it was trained, with fresh weights.
+def _build(spec: ModelSpec, path: Path, *, images: Sequence[int], labels: int) -> Any:
+    """The model as it was trained, with fresh weights; `spec` has been checked.
+
+    Args:
+        spec: Of the model.
+        path: For messages.
+        images: The shape that it will be given.
+        labels: Of the image that has the most.
 
     Raises:
-        IncidentError: It is not one that the host's own model files could describe, or the host cannot build it.
+        IncidentError: The host cannot build it, or this machine cannot run it.
     """
-    _check_spec(spec, path)
     import torch
     from ultralytics.cfg import get_cfg
     from ultralytics.nn import tasks
@@ -114,11 +129,15 @@ def _build(spec: ModelSpec, path: Path) -> Any:
     channels = architecture.get("channels", RGB)
     default_act = tasks.Conv.default_act  # which parse_model leaves changed when it fails
     try:
-        with torch.device("meta"):  # without memory, to count first
+        with torch.device("meta"):  # shapes alone, to count first
             layers, _ = tasks.parse_model(deepcopy(architecture), ch=channels, verbose=False)
-        number = sum(parameter.numel() for parameter in layers.parameters())
-        if number > MAX_PARAMETERS:
-            raise ValueError(f"{number:,} parameters, at most {MAX_PARAMETERS:,} can be replayed")
+            number = sum(parameter.numel() for parameter in layers.parameters())
+            if number > MAX_PARAMETERS:
+                raise ValueError(f"{number:,} parameters, at most {MAX_PARAMETERS:,} can be replayed")
+            count, height, width = STRIDE_SHAPE
+            needed = max(_bytes(layers, (count, channels, height, width), 0), _bytes(layers, images, labels))
+        if needed > (memory := _memory()):
+            raise ValueError(f"a rerun takes about {needed / 2**30:,.0f} GB, this machine has {memory / 2**30:,.0f} GB")
         with seeded():
             build = getattr(tasks, TASK_MODELS[spec.task])
             model = build(architecture, ch=channels, verbose=False)
@@ -129,6 +148,40 @@ def _build(spec: ModelSpec, path: Path) -> Any:
     finally:
         tasks.Conv.default_act = default_act
     return model
+
+
+def _bytes(layers: Any, images: Sequence[int], labels: int) -> int:
+    """What a forward pass in training would keep, about, for layers on the meta device; called within that device."""
+    import torch
+
+    kept: list[int] = []
+    handles = [
+        module.register_forward_hook(lambda _module, _args, output: kept.extend(t.numel() for t in tensors_in(output)))
+        for module in layers.modules()
+        if not any(True for _ in module.children())
+    ]
+    try:
+        x: Any = torch.zeros(tuple(images))
+        outputs: list[Any] = []
+        for layer in layers:  # as the host's `_predict_once`
+            if layer.f != -1:
+                sources = [layer.f] if isinstance(layer.f, int) else layer.f
+                taken = [x if source == -1 else outputs[source] for source in sources]
+                x = taken[0] if isinstance(layer.f, int) else taken
+            x = layer(x)
+            outputs.append(x)
+    finally:  # one activation serves every model of the process
+        for handle in handles:
+            handle.remove()
+    anchors = max((t.shape[-1] for t in tensors_in(x) if t.ndim == 3), default=0)  # (images, channels, anchors)
+    return FLOAT_BYTES * (sum(kept) + ASSIGNED_TENSORS * images[0] * labels * anchors)
+
+
+def _memory() -> float:
+    """Bytes of this machine; infinite where it does not say (Windows)."""
+    if not hasattr(os, "sysconf"):
+        return math.inf
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _set_up(model: Any, spec: ModelSpec) -> None:
@@ -285,8 +338,8 @@ def _load_checkpoint(model: Any, file: Path) -> None:
         raise IncidentError(f"weights={file}: not weights of the captured model ({one_line(error)})") from None
 
 
-def _read_batch(path: Path, spec: ModelSpec) -> dict[str, Any]:
-    import torch
+def _read_batch(path: Path, spec: ModelSpec) -> dict[str, npt.NDArray[Any]]:
+    """The arrays as stored, those that belong together of one length."""
 
     def check(name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> str | None:
         if name not in BATCH_ARRAYS:
@@ -303,11 +356,11 @@ def _read_batch(path: Path, spec: ModelSpec) -> dict[str, Any]:
         raise IncidentError(
             f"{file}: holds no images (note: {read_incident(path).note or 'none'}), so nothing to rerun"
         )
-    images = images_of(arrays.pop("img"), spec.pixels)
+    images = arrays["img"]
     number, channels = images.shape[:2]
     if not images.size or channels != spec.yaml.get("channels", RGB):
         raise IncidentError(
-            f"{file}: images of shape {images.shape}, the model takes {spec.yaml.get('channels', 3)} channels"
+            f"{file}: images of shape {images.shape}, the model takes {spec.yaml.get('channels', RGB)} channels"
         )
     lengths = {name: len(arrays[name]) for name in PER_LABEL if name in arrays}
     if len(set(lengths.values())) > 1:
@@ -315,8 +368,7 @@ def _read_batch(path: Path, spec: ModelSpec) -> dict[str, Any]:
     owners = arrays.get("batch_idx", np.zeros(0))
     if not ((owners >= 0) & (owners < number)).all():
         raise IncidentError(f"{file}: batch_idx must be from 0 to {number - 1}, the images there are")
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return {"img": torch.from_numpy(images), **tensors}
+    return arrays
 
 
 def _read_npz(path: Path, check: _Check) -> dict[str, npt.NDArray[Any]]:
