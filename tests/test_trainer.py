@@ -400,6 +400,19 @@ def test_a_blowup_that_heals_is_a_completed_run(drawn: dict[str, DrawnSet], tmp_
     assert found == [("blowup", 12)]
 
 
+def test_weights_that_grow_in_the_very_last_step_are_noticed(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    class Growing(trainer_for("detect")):  # type: ignore[misc]
+        def optimizer_step(self) -> None:
+            if self._step == 15:
+                next(self.model.parameters()).data.mul_(1000)
+            super().optimizer_step()
+
+    train(Growing, drawn["detect"].arguments(tmp_path, name="run", epochs=4, val=False))
+    status = read_run(tmp_path / "run").status
+    assert (status.outcome, status.divergence) == ("diverged", "collapse")
+    assert "collapse at step 15: the weights of model.0 are" in str(status.reason)
+
+
 def test_a_run_whose_every_step_is_bad_has_diverged(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     """Each step is left out, so weights stay finite, and nothing is learned: after twenty of them that is said."""
     cls = type("Bad", (BadImage, trainer_for("detect", {"guard.divergence": "stop"})), {"to_step": 10**6})

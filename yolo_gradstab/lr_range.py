@@ -214,7 +214,7 @@ def run_lr_range(
     with _left_as_found():
         trainer = ranging(overrides={"optimizer": OPTIMIZER, **arguments, **own})
         trainer.train()
-        trainer.take_divergence()  # growth of the weights is seen when records are read, which is later
+        trainer.take_divergence()  # growth of the weights is judged a step later, of the last ones at the end
     result = test.result()
     with replacing(folder / "lr_range.json") as temporary:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))

@@ -361,14 +361,16 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         norm, mean_loss, *looked = values.tolist() if look is None else torch.cat([values, look.to(values)]).tolist()
         self._look = None
         if looked:
-            ratio, running_var, *norms = looked
-            self._judge_model(dict(zip(self._layers.names, norms, strict=True)), running_var, ratio)
+            self._judge_model(looked)
         return norm, mean_loss
 
-    def _judge_model(self, weight_norms: dict[str, float], running_var: float, update_ratio: float) -> None:
+    def _judge_model(self, looked: list[float], *, running: bool = True) -> None:
         """Has the model itself gone, or grown so abruptly that this is no state to go back to?"""
-        weight_norms = {name: norm for name, norm in weight_norms.items() if norm}  # stages without weights have none
-        self._judge(self._watch.add_state(self._step - 1, weight_norms=weight_norms, running_var=running_var))
+        update_ratio, running_var, *norms = looked
+        named = zip(self._layers.names, norms, strict=True)
+        weight_norms = {name: norm for name, norm in named if norm}  # stages without weights have none
+        found = self._watch.add_state(self._step - 1, weight_norms=weight_norms, running_var=running_var)
+        self._judge(found, running=running)
         ratio = None if math.isnan(update_ratio) else update_ratio
         unrest = self._health.look(weight_norms=weight_norms, running_var=running_var, update_ratio=ratio)
         if unrest is not None:
@@ -623,8 +625,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         done, self._accumulated = self._accumulated, _Accumulated()
         self._micro_batches = []
         step, self._step = self._step, self._step + 1
-        if step % LOOK_EVERY == 0:
-            self._look = self._looked(moved)
+        looks, records = step % LOOK_EVERY == 0, step % self._config.telemetry.layers_every == 0
+        stages = self._layer_weights(moved) if looks or records else None
+        if looks and stages is not None:
+            self._look = self._looked(*stages, measured=moved is not None)
         if self._run is None:
             return
         values: dict[str, Any] = {"loss": done.loss / done.images}
@@ -634,8 +638,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             values["update_ratio_max"] = moved.ratio.max()
             if self._config.update_clip is not None:
                 values["bounded_share"] = (moved.scale < 1).double().mean()
-        if step % self._config.telemetry.layers_every == 0:
-            values |= self._layer_values(measured, having, moved)
+        if records and stages is not None:
+            values |= self._layer_values(measured, having, *stages)
         known |= {
             "step": step,
             "epoch": self.epoch,
@@ -649,11 +653,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._drain()
 
     def _layer_values(
-        self, measured: GradientNorms, having: list[int], moved: UpdateRatios | None
+        self, measured: GradientNorms, having: list[int], weights: Tensor, ratios: Tensor
     ) -> dict[str, Tensor]:
         """Vectors over the stages, named as `LayerRecord` names them."""
         norms = self._spread(measured.norms, having)
-        weights, ratios = self._layer_weights(moved)
         return {
             "layer/grad_norm": self._layers.norms(norms),
             "layer/weight_norm": weights,
@@ -669,12 +672,11 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         updates = self._layers.norms(self._spread(update_norm, self._trained_index))
         return weights, updates / weights.clamp_min(torch.finfo(weights.dtype).tiny)
 
-    def _looked(self, moved: UpdateRatios | None) -> Tensor:
+    def _looked(self, weights: Tensor, ratios: Tensor, *, measured: bool) -> Tensor:
         """A look at the model, still on the device: median update ratio (NaN if unknown), variance, weight norms."""
-        weights, ratios = self._layer_weights(moved)
         variances = [b for n, b in unwrap_model(self.model).named_buffers() if n.endswith("running_var")]
         variance = torch._foreach_norm(variances, math.inf) if variances else [weights.new_zeros(())]
-        ratio = weights.new_full((), math.nan) if moved is None else ratios[weights > 0].median()
+        ratio = ratios[weights > 0].median() if measured else weights.new_full((), math.nan)
         return torch.cat([torch.stack([ratio, torch.stack(tuple(variance)).max().to(ratio)]), weights])
 
     def _spread(self, values: Tensor, index: list[int]) -> Tensor:
@@ -828,6 +830,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _settle(self, status: Status) -> None:
         """Say in the status whether the run has diverged, now that its end is known."""
         if status.outcome == "completed":
+            if self._look is not None:  # taken after the last step, which no other has followed
+                self._judge_model(self._look.tolist(), running=False)
             self._judge(self._watch.end(self._step, map50=self._map50), running=False)
         found = self._divergence
         if found and status.outcome == "completed" and self._map50 is not None and self._map50 >= NO_QUALITY:
