@@ -15,7 +15,8 @@ import yaml
 
 from yolo_gradstab.cli import main
 from yolo_gradstab.config import config_keys, load_config
-from yolo_gradstab.diagnosis import GAINS, KINDS, Finding, IncidentRecord, Measured, Records, diagnose, records_of
+from yolo_gradstab.diagnosis import GAINS, KINDS, Finding, Measured, Records, diagnose, records_of
+from yolo_gradstab.incident import Incident
 from yolo_gradstab.runs import RunError, RunFolder, Status
 from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, PartWriter, read_run
 
@@ -75,10 +76,7 @@ def run(
     status = Status(outcome=outcome, divergence=divergence, step=num)  # type: ignore[arg-type]
     values = {"args": ARGS | (args or {}), "config": {"clip": {"policy": "norm"}}, "status": status, "map50": map50}
     records = Records(steps=pl.DataFrame(table), layers=layers, **(values | more))
-    return msgspec.structs.replace(
-        records,
-        incidents=[msgspec.convert(i, IncidentRecord) for i in records.incidents],  # plain in the tests
-    )
+    return msgspec.structs.replace(records, incidents=[captured(i) for i in records.incidents])  # plain in the tests
 
 
 def lost(kind: str = "collapse", **more: Any) -> Records:
@@ -94,8 +92,14 @@ def lost(kind: str = "collapse", **more: Any) -> Records:
 
 
 def incident(step: int = 30, reason: str = "nonfinite_gradient", **more: Any) -> dict[str, Any]:
-    image = {"path": "good.jpg", "min": 0.0, "max": 1.0, "labels": 2, "hash": "a field that is not known here"}
-    return {"step": step, "reason": reason, "loss": 5.0, "losses": {"box": 3.0}, "images": [image], **more}
+    return {"step": step, "reason": reason, "loss": 5.0, "losses": {"box": 3.0}, "images": [{}], **more}
+
+
+def captured(plain: dict[str, Any]) -> Incident:
+    """An incident as the trainer writes it; what a test does not say is usual."""
+    image = {"path": "good.jpg", "nonfinite": 0, "min": None, "max": None, "labels": 2}
+    usual = {"epoch": 0, "batch": 0, "task": "detect", "total_norm": None, "tensors": []}
+    return msgspec.convert(usual | plain | {"images": [image | given for given in plain["images"]]}, Incident)
 
 
 def skip(step: int = 30, reason: str = "nonfinite_gradient", **more: Any) -> dict[str, Any]:
@@ -686,10 +690,10 @@ def written(tmp_path: Path) -> Callable[[Records], Path]:
             folder.append_event(event)
         (folder.path / "args.yaml").write_text(json.dumps(records.args))
         (folder.path / "results.csv").write_text(f"epoch,metrics/mAP50(B)\n1,0.9\n2,{records.map50}\n")
-        for captured in records.incidents:
-            path = folder.gradstab / "incidents" / str(captured.step) / "incident.json"
+        for kept in records.incidents:
+            path = folder.gradstab / "incidents" / str(kept.step) / "incident.json"
             path.parent.mkdir(parents=True)
-            path.write_bytes(msgspec.json.encode(captured))
+            path.write_bytes(msgspec.json.encode(kept))
         folder.write_status(records.status)
         return folder.path
 
@@ -701,7 +705,7 @@ def test_a_folder_gives_the_findings_of_its_records(written: Callable[[Records],
     folder = written(records)
     assert diagnose(records_of(read_run(folder))) == diagnose(records)
     assert records_of(read_run(folder)).map50 == 0.3  # of the last epoch, not of the best
-    next(folder.glob("gradstab/incidents/*/incident.json")).write_text('{"step": "x"}')
+    next(folder.glob("gradstab/incidents/*/incident.json")).write_text('{"format": 1, "step": "x"}')
     with pytest.raises(RunError, match=r"incident\.json: Expected `int`, got `str`"):
         records_of(read_run(folder))
 

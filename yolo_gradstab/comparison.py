@@ -21,8 +21,8 @@ from yolo_gradstab.config import CLIP_POLICIES
 from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
 from yolo_gradstab.runs import RunError, RunFolder
 from yolo_gradstab.stats import Estimate
-from yolo_gradstab.sweep import METRICS, Spec, Trial, final_metric, plan, read_trial
-from yolo_gradstab.telemetry import Run, read_run
+from yolo_gradstab.sweep import Spec, Trial, plan, read_trial
+from yolo_gradstab.telemetry import MAP50_95, Run, read_run
 
 __all__ = ["DIVERGED", "Comparison", "Entry", "NotShown", "ReportError", "Row", "Verdict", "arm_label", "gather"]
 
@@ -106,7 +106,7 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
     verdict, found, note = _judge(run)
     norms = steps["total_norm"].fill_null(math.nan).to_numpy()
     summary, ratio = stats.norm_summary(norms), stats.loss_ratio(steps["loss"].fill_null(math.nan).to_numpy())
-    metric = None if verdict in UNDECIDED else final_metric(run)
+    metric = None if verdict in UNDECIDED else run.metric
     return Row(
         id=trial.id if trial else run.folder.path.name,
         arm=label,
@@ -148,7 +148,7 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
     reason = status.reason or ""
     if status.outcome in {"running", "interrupted"}:
         return status.outcome, None, reason or "has not ended: it is running, or was killed"
-    map50 = _map50(run)
+    map50 = run.map50
     if status.divergence:
         event = next(
             (e for e in run.events if e.get("event") == "divergence" and e.get("kind") == status.divergence), {}
@@ -179,24 +179,10 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
     return "kept", None, reason
 
 
-def _last(run: Run, names: Iterable[str]) -> float | None:
-    for name in names:
-        if name in run.results.columns and run.results.height:
-            value = run.results[name].cast(pl.Float64, strict=False)[-1]
-            return value if value is not None and math.isfinite(value) else None
-    return None
-
-
-def _map50(run: Run) -> float | None:
-    """Of the last epoch; by mAP50-95, which is smaller, where only that was recorded."""
-    found = _last(run, (name.replace("mAP50-95", "mAP50") for name in METRICS))
-    return final_metric(run) if found is None else found
-
-
 def _val_loss(run: Run) -> float | None:
     """Sum of the validation losses of the last epoch; null where there is none or, unvalidated, the host wrote 0."""
     names = [name for name in run.results.columns if name.startswith("val/") and name.endswith("_loss")]
-    values = [_last(run, [name]) for name in names]
+    values = [run.final([name]) for name in names]
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) and any(known) else None
 
@@ -204,7 +190,7 @@ def _val_loss(run: Run) -> float | None:
 def _validated(run: Run) -> set[str]:
     """Components of the loss that validation computes; for the others the host writes 0, as for `rle` in pose."""
     names = (name for name in run.results.columns if name.startswith("val/") and name.endswith("_loss"))
-    return {name.removeprefix("val/").removesuffix("_loss") for name in names if _last(run, [name])}
+    return {name.removeprefix("val/").removesuffix("_loss") for name in names if run.final([name])}
 
 
 def _first_loss(run: Run, components: Iterable[str]) -> float | None:
@@ -218,11 +204,11 @@ def _first_loss(run: Run, components: Iterable[str]) -> float | None:
 
 
 def _best_metric(run: Run) -> float | None:
-    for name in METRICS:
+    for name in MAP50_95:
         if name in run.results.columns:
             values = run.results[name].cast(pl.Float64, strict=False).drop_nulls().drop_nans()
             return max(values.to_list(), default=None)
-    return final_metric(run)
+    return run.metric
 
 
 # Arms ----------------------------------------------------------------------------------------------------------------
@@ -284,7 +270,8 @@ class Comparison:
     @property
     def metric_name(self) -> str:
         """As a reader calls it."""
-        return "pose mAP50-95" if any(METRICS[0] in entry.run.results.columns for entry in self.entries) else "mAP50-95"
+        is_pose = any(MAP50_95[0] in entry.run.results.columns for entry in self.entries)
+        return "pose mAP50-95" if is_pose else "mAP50-95"
 
     @property
     def is_single(self) -> bool:

@@ -30,7 +30,6 @@ from yolo_gradstab.trial import (
     SweepError,
     Trial,
     TrialProcess,
-    final_metric,
     locked,
     outcome_of,
     run_trial,
@@ -153,7 +152,7 @@ def _ending(folder: Path, trial: Trial) -> str:
     status = run.status
     if status.outcome in {"failed", "stopped"}:
         return f"{status.outcome} ({status.reason})"
-    metric = final_metric(run)
+    metric = run.metric
     how = f"{status.outcome} ({status.divergence})" if status.divergence else status.outcome
     return f"{how} after {status.step} steps, " + ("no metric" if metric is None else f"mAP50-95 {metric:.3g}")
 
@@ -365,7 +364,7 @@ class _Looks:
             state.outcome, state.divergence, state.step = status.outcome, status.divergence, status.step
             state.seconds = status.seconds
             if status.outcome in ENDED:
-                state.metric = final_metric(run)
+                state.metric = run.metric
                 self._ended[trial.id] = state
             else:
                 state.seconds = time.time() - started_s

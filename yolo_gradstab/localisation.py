@@ -391,10 +391,10 @@ def _largest(items: dict[str, Tensor]) -> str | None:
     return max(finite, key=lambda name: finite[name]) if finite else None
 
 
-def listed(values: Sequence[Any]) -> str:
+def listed(values: Sequence[Any], *, most: int = NUM_LISTED) -> str:
     """The first few, and how many more."""
-    shown = ", ".join(str(value) for value in values[:NUM_LISTED])
-    return shown + (f" and {len(values) - NUM_LISTED} more" if len(values) > NUM_LISTED else "")
+    shown = ", ".join(str(value) for value in values[:most])
+    return shown + (f" and {len(values) - most} more" if len(values) > most else "")
 
 
 def unwrapped(model: nn.Module) -> Any:

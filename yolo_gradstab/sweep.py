@@ -26,16 +26,14 @@ import yaml
 from yolo_gradstab.config import Config, as_numbers, load_config, nearest, read_config_file
 from yolo_gradstab.executors import TrialState, run_trials
 from yolo_gradstab.runs import replacing
-from yolo_gradstab.trial import METRICS, SweepError, Trial, final_metric, flow, read_trial
+from yolo_gradstab.trial import SweepError, Trial, flow, read_trial
 
 __all__ = [
-    "METRICS",
     "Spec",
     "SweepError",
     "Trial",
     "TrialState",
     "check_files",
-    "final_metric",
     "plan",
     "read_spec",
     "read_trial",

@@ -27,8 +27,9 @@ Imports neither torch nor ultralytics: a report is built from these files anywhe
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +42,14 @@ from yolo_gradstab.runs import RunError, RunFolder, Status, replacing
 if TYPE_CHECKING:
     from yolo_gradstab.diagnosis import Finding
 
-__all__ = ["LAYER_SCHEMA", "STEP_SCHEMA", "LayerRecord", "PartWriter", "Run", "StepRecord", "read_parts", "read_run"]
+__all__ = [
+    "LAYER_SCHEMA", "MAP50", "MAP50_95", "STEP_SCHEMA", "LayerRecord", "PartWriter", "Run", "StepRecord", "read_parts",
+    "read_run",
+]  # fmt: skip
+
+# The host's names; a pose run has both of each, and is judged by its key points.
+MAP50 = ("metrics/mAP50(P)", "metrics/mAP50(B)")
+MAP50_95 = ("metrics/mAP50-95(P)", "metrics/mAP50-95(B)")
 
 
 class StepRecord(msgspec.Struct, kw_only=True):
@@ -218,6 +226,28 @@ class Run:
             return pl.DataFrame()
         table = pl.read_csv(path, infer_schema_length=None)
         return table.rename({name: name.strip() for name in table.columns})
+
+    @cached_property
+    def metric(self) -> float | None:
+        """mAP50-95 after the last epoch, see `final`."""
+        return self.final(MAP50_95)
+
+    @cached_property
+    def map50(self) -> float | None:
+        """mAP50 after the last epoch, see `final`; mAP50-95, which is smaller, where only that was recorded."""
+        return self.final(MAP50 + MAP50_95)
+
+    def final(self, names: Sequence[str]) -> float | None:
+        """After the last epoch, the first of these metrics that there is; null where it is not finite.
+
+        Not of the best epoch, which the host validates at the end: that would hide a collapse. Taken from
+        `results.csv`, or from the status where there is none.
+        """
+        for name in names:
+            if name in self.results.columns and self.results.height:
+                value = self.results[name].cast(pl.Float64, strict=False)[-1]
+                return value if value is not None and math.isfinite(value) else None
+        return next((self.status.metrics[name] for name in names if name in self.status.metrics), None)
 
 
 def read_run(path: str | Path) -> Run:

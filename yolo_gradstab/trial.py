@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import polars as pl
 import yaml
 
 from yolo_gradstab.runs import Outcome, RunError, RunFolder, Status, replacing
-from yolo_gradstab.telemetry import Run, read_run
+from yolo_gradstab.telemetry import read_run
 
 fcntl: Any  # mypy knows the platform it runs on, not the others
 try:
@@ -34,20 +33,15 @@ except ImportError:  # Windows
 
 __all__ = [
     "ENDED",
-    "METRICS",
     "SweepError",
     "Trial",
     "TrialProcess",
-    "final_metric",
     "flow",
     "locked",
     "outcome_of",
     "read_trial",
     "run_trial",
 ]
-
-# The host's names of mAP50-95; a pose run has both, and is judged by its key points.
-METRICS = ("metrics/mAP50-95(P)", "metrics/mAP50-95(B)")
 
 # A trial that ended so is not run again; a failed one only when asked.
 ENDED: tuple[Outcome, ...] = ("completed", "diverged", "stopped", "failed")
@@ -109,18 +103,6 @@ def read_trial(folder: Path) -> Trial | None:
         return msgspec.json.decode(path.read_bytes(), type=Trial)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise RunError(f"{path}: {error}") from None
-
-
-def final_metric(run: Run) -> float | None:
-    """mAP50-95 after the last epoch; that of the best epoch would hide a collapse.
-
-    Taken from `results.csv`, or from the status where there is none.
-    """
-    for name in METRICS:
-        if name in run.results.columns and run.results.height:
-            value = run.results[name].cast(pl.Float64, strict=False)[-1]
-            return value if value is not None and math.isfinite(value) else None
-    return next((run.status.metrics[name] for name in METRICS if name in run.status.metrics), None)
 
 
 def outcome_of(path: Path) -> Outcome | None:

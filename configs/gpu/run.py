@@ -97,7 +97,7 @@ def gather(out: Path, options: dict[str, str], started_s: float) -> None:
     import polars as pl
 
     from yolo_gradstab.runs import RunError, versions
-    from yolo_gradstab.sweep import final_metric, read_trial
+    from yolo_gradstab.sweep import read_trial
     from yolo_gradstab.telemetry import read_run
 
     trials, steps, layers = [], [], []
@@ -118,7 +118,7 @@ def gather(out: Path, options: dict[str, str], started_s: float) -> None:
             "seconds": status.seconds,
             "steps": len(run.steps),
         }
-        trials.append(place | ending | {"final_metric": final_metric(run), "command": trial.command[3:]})
+        trials.append(place | ending | {"final_metric": run.metric, "command": trial.command[3:]})
         steps.append(run.steps.with_columns(pl.lit(trial.id).alias("id")))
         layers.append(run.layers.with_columns(pl.lit(trial.id).alias("id")))
     write(out / "trials.json", json.dumps(trials, indent=1, allow_nan=False).encode())
