@@ -39,6 +39,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 from yolo_gradstab.clipping import Clipped, ClipPolicy, UpdateRatios, clip_update_, multiply_, update_ratios
 from yolo_gradstab.coco.dataset import build_coco_dataset, read_data_yaml, resolved_yaml
 from yolo_gradstab.config import Config, ConfigError, build_policy, load_config, read_config_file
+from yolo_gradstab.diagnosis import last_words, records_of
 from yolo_gradstab.guard import (
     LOOK_EVERY,
     NO_QUALITY,
@@ -48,7 +49,7 @@ from yolo_gradstab.guard import (
     Spike,
     SpikeWatch,
 )
-from yolo_gradstab.incident import capture
+from yolo_gradstab.incident import capture, one_line
 from yolo_gradstab.norms import (
     FLOAT32_NORM_LIMIT,
     GradientNorms,
@@ -60,13 +61,11 @@ from yolo_gradstab.norms import (
 )
 from yolo_gradstab.runs import RunFolder, Status, replacing, terminable, versions
 from yolo_gradstab.snapshot import Snapshot, Snapshots
-from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord
+from yolo_gradstab.telemetry import LAYER_SCHEMA, MAP50, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord, read_run
 
 __all__ = ["TASKS", "GradstabMixin", "trainer_for"]
 
 TASKS: dict[str, type[BaseTrainer]] = {"detect": DetectionTrainer, "pose": PoseTrainer}
-
-MAP50 = ("metrics/mAP50(P)", "metrics/mAP50(B)")  # the host's names; a pose run has both
 
 MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 
@@ -826,6 +825,15 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         status.step, status.versions, status.seconds = self._step, versions(), self._seconds()
         status.metrics = {k: float(v) if np.isfinite(v) else None for k, v in (self.metrics or {}).items()}
         self._run.write_status(status)
+        self._last_words(self._run)
+
+    def _last_words(self, run: RunFolder) -> None:
+        """In the terminal, at the end: what went wrong, if anything did."""
+        try:
+            if words := last_words(records_of(read_run(run.path)), run.path):
+                LOGGER.info(f"\n{words}")
+        except Exception as error:  # a damaged record must not make a run fail that has come to its end
+            LOGGER.warning(f"{run.path}: no diagnosis, its records cannot be read ({one_line(error)})")
 
     def _settle(self, status: Status) -> None:
         """Say in the status whether the run has diverged, now that its end is known."""

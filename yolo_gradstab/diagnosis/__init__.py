@@ -19,18 +19,22 @@ References:
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from yolo_gradstab.diagnosis.batch import bad_images, bad_labels, module_fault
 from yolo_gradstab.diagnosis.case import Case, Records, records_of
-from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Finding, Kind, Measured, Severity
+from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Finding, Kind, Measured, Severity, counted
 from yolo_gradstab.diagnosis.layers import bad_init, dead_layer, depth
 from yolo_gradstab.diagnosis.loss import GAINS, loss_components, loss_spike, lost, stalled
 from yolo_gradstab.diagnosis.normal import always_clipped, benign_jump
 from yolo_gradstab.diagnosis.precision import amp, nonfinite_gradient, nonfinite_loss, nonfinite_weights
 from yolo_gradstab.diagnosis.rate import lr_too_high
 
-__all__ = ["GAINS", "KINDS", "Finding", "Kind", "Measured", "Records", "Severity", "diagnose", "records_of"]
+__all__ = [
+    "GAINS", "KINDS", "Finding", "Kind", "Measured", "Records", "Severity", "diagnose", "last_words", "records_of",
+]  # fmt: skip
 
 SYMPTOMS = {"nonfinite_weights", "nonfinite_loss", "nonfinite_gradient", "loss_blowup", "silent_collapse"}
 DATA_CAUSES = {"bad_images", "bad_labels", "module_fault"}
@@ -51,6 +55,21 @@ def diagnose(records: Records) -> list[Finding]:
     case = Case(records)
     found = [finding for rule in _RULES for finding in rule(case)]
     return sorted(found, key=lambda finding: _place(finding, case.trouble_step))
+
+
+def last_words(records: Records, run: str | Path) -> str:
+    """What is said at the end of a run that went wrong: its first finding, and how to see the rest; else nothing.
+
+    Args:
+        records: Of a run that has ended.
+        run: Its folder, for the command.
+    """
+    found = diagnose(records)
+    ended_badly = records.status.outcome in {"diverged", "stopped", "failed"}
+    if not found or found[0].severity == "info" or not (ended_badly or found[0].severity == "error"):
+        return ""
+    more = counted(len(found) - 1, "more finding") if len(found) > 1 else "Again"
+    return f"{found[0].text()}\n{more}: yolo-gradstab diagnose {shlex.quote(str(run))}"
 
 
 def _place(finding: Finding, trouble_step: float) -> tuple[int, int, int, int, int]:

@@ -30,6 +30,16 @@ class Measured(msgspec.Struct, frozen=True):
     value: float | int | str | None
     threshold: float | int | str | None = None
 
+    def text(self) -> str:
+        """As it is shown.
+
+        Example:
+            >>> Measured(0.12345678, 0.01).text()
+            '0.1235 (threshold 0.01)'
+        """
+        against = "" if self.threshold is None else f" (threshold {_shown(self.threshold)})"
+        return f"{_shown(self.value)}{against}"
+
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that is wrong, or worth knowing.
@@ -56,12 +66,9 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         """As it is printed: a heading, where, the evidence, the advice."""
         at = "" if self.step is None else f" at step {self.step}"
         lines = [f"{self.severity}: {self.kind}{at}: {self.message}"]
-        if self.where:
-            lines.append(f"  where: {self.where}")
-        for name, measured in self.evidence.items():
-            against = "" if measured.threshold is None else f" (threshold {_shown(measured.threshold)})"
-            lines.append(f"  {name}: {_shown(measured.value)}{against}")
-        return "\n".join([*lines, f"  advice: {self.advice}"])
+        lines += [f"  where: {self.where}"] if self.where else []
+        lines += [f"  {name}: {measured.text()}" for name, measured in self.evidence.items()]
+        return "\n".join(map(_one_line, [*lines, f"  advice: {self.advice}"]))
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
@@ -72,6 +79,11 @@ def counted(number: int, one: str, many: str | None = None) -> str:
 def rounded(value: float) -> str:
     """To one significant digit, as one writes a setting."""
     return f"{float(f'{value:.1g}'):g}"
+
+
+def _one_line(text: str) -> str:
+    """Names of files may hold anything: a line break or a terminal's control characters are shown, not obeyed."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _shown(value: float | int | str | None) -> str:
