@@ -24,12 +24,14 @@ from conftest import DrawnSet
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.utils import LOGGER
 
 from yolo_gradstab import read_run, trainer_for
 from yolo_gradstab.config import ConfigError
 from yolo_gradstab.guard import find_divergences
 from yolo_gradstab.incident import read_incident
 from yolo_gradstab.replay import replay
+from yolo_gradstab.runs import RunFolder
 
 pytestmark = pytest.mark.filterwarnings("default")  # the host's own warnings are not ours to fail on
 
@@ -328,6 +330,35 @@ def test_the_first_batch_of_a_trouble_is_kept_and_replays(drawn: dict[str, Drawn
     assert Path(bad[0].path).name in str(top.where)
 
 
+def test_the_terminal_says_at_the_end_what_went_wrong(
+    drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(LOGGER, "propagate", True)
+
+    def said(cls: type, name: str, **callbacks: Callable[[Any], None]) -> list[str]:
+        """What is said after training and its validation."""
+        caplog.clear()
+        train(cls, drawn["detect"].arguments(tmp_path, name=name, val=False), **callbacks)
+        lines = [record.getMessage() for record in caplog.records]
+        return lines[max(i for i, line in enumerate(lines) if "epochs completed in" in line) + 1 :]
+
+    def damage(trainer: Any) -> None:
+        (trainer.save_dir / "gradstab" / "layers" / "damaged.parquet").write_bytes(b"not parquet")
+
+    ours = trainer_for("detect")
+    usual = said(ours, "good")
+    assert not any("gradstab" in line or "error" in line for line in usual)
+    bad = said(type("Bad", (BadImage, ours), {}), "bad run")
+    heading, *_, command = bad[-1].strip().splitlines()
+    assert heading.startswith("error: bad_images at step 2: ")
+    assert command.endswith(f"yolo-gradstab diagnose '{tmp_path / 'bad run'}'")
+    assert len(bad) == len(usual) + 1
+    damaged = said(ours, "damaged", on_train_end=damage)
+    assert f"{tmp_path / 'damaged'}: no diagnosis, its records cannot be read (" in damaged[-1]
+    assert len(damaged) == len(usual) + 1
+    assert RunFolder(tmp_path / "damaged").read_status().outcome == "completed"
+
+
 def test_guard_stop_is_not_undone_by_the_host(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     """Neither by its NaN recovery, which would start the epoch again, nor by its time limit's own `stop`."""
     stopping = trainer_for("detect", {"guard.nonfinite": "stop"})
@@ -435,11 +466,14 @@ def test_a_host_that_gives_up_with_nan_has_diverged(drawn: dict[str, DrawnSet], 
 
 
 def blowing_up(cls: type, *at: int) -> type:
-    """A trainer whose loss is seen a thousandfold at some steps; keeps its whole state before and after each step."""
+    """A trainer whose loss is seen a thousandfold at some steps; keeps its state after each (-1: before the first)."""
 
     class BlowingUp(cls):  # type: ignore[misc]
-        before: ClassVar[dict[int, Any]] = {}
         after: ClassVar[dict[int, Any]] = {}
+
+        def _start_epoch(self) -> None:
+            super()._start_epoch()
+            self.after.setdefault(self._step - 1, whole_state(self))
 
         def _read(self, total_norm: Any) -> tuple[float, float]:
             norm, loss = super()._read(total_norm)
@@ -447,7 +481,6 @@ def blowing_up(cls: type, *at: int) -> type:
 
         def optimizer_step(self) -> None:
             step = self._step
-            self.before[step] = whole_state(self)
             super().optimizer_step()
             self.after[step] = whole_state(self)
 
@@ -476,15 +509,56 @@ def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
     assert a["others"] == b["others"]
 
 
+def test_weights_off_the_usual_scale_and_tensors_without_gradient_are_said(
+    drawn: dict[str, DrawnSet], tmp_path: Path
+) -> None:
+    dead = "model.2.cv1.conv.weight"
+    scales: list[float] = []  # of the first weight: 3 channels of 3 x 3
+
+    class Odd(trainer_for("detect", {"guard.divergence": "off"})):  # type: ignore[misc]
+        def get_model(self, *args: Any, **kwargs: Any) -> Any:
+            model = super().get_model(*args, **kwargs)
+            with torch.no_grad():
+                model.model[0].conv.weight.mul_(300)
+                model.model[1].conv.weight.mul_(0.03)  # not orders of magnitude
+                model.model[2].m[0].cv2.conv.weight.zero_()  # on purpose, as zero-initialised residuals are
+            scales.append(model.model[0].conv.weight.detach().square().mean().sqrt().item() * math.sqrt(3 * 3 * 3 * 3))
+            return model
+
+    trainer = Odd(overrides=drawn["detect"].arguments(tmp_path, name="run", epochs=14, val=False))
+
+    def silence(trainer: Any) -> None:
+        # Silent from step 0 to 51 only, then at work again.
+        weight = dict(trainer.model.named_parameters())[dead]
+        weight.register_hook(lambda grad: torch.zeros_like(grad) if trainer._step < 52 else grad)
+
+    trainer.add_callback("on_train_start", silence)
+    trainer.train()
+    events = read_run(tmp_path / "run").events
+    assert 200 < scales[0] < 400  # drawn with PyTorch's usual scale, times 300
+    assert [e for e in events if e["event"] == "init"] == [
+        {
+            "event": "init",
+            "step": 0,
+            "num_tensors": 1,
+            "tensors": [{"name": "model.0.conv.weight", "scale": pytest.approx(scales[0], rel=1e-5)}],
+        }
+    ]
+    assert [e for e in events if e["event"] == "dead"] == [
+        # the first look at which 50 steps have passed without any is the one after step 50
+        {"event": "dead", "step": 50, "epoch": 12, "steps": 50, "num_tensors": 1, "tensors": [dead]}
+    ]
+
+
 @pytest.mark.parametrize("val", [False, True])
 def test_going_back_restores_all_of_a_good_state(drawn: dict[str, DrawnSet], tmp_path: Path, val: bool) -> None:
     config = {"clip": {"policy": "zclip", "max_norm": 10}, "guard": {"spike": "clip", "backoff": 0.25}}
-    # Snapshots are taken before steps 0, 20 and 40, so that the blow-up at 43 goes back to 20; the one at 47 again.
+    # Snapshots are taken after steps -1, 19 and 39, so that the blow-up at 43 goes back to 20; the one at 47 again.
     cls = blowing_up(trainer_for("detect", config), 43, 47)
     arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=13, val=val, warmup_epochs=1)
     trainer = train(cls, arguments)
-    assert_same_state(cls.after[43], cls.before[20])  # type: ignore[attr-defined]
-    assert_same_state(cls.after[47], cls.before[20])  # type: ignore[attr-defined]
+    assert_same_state(cls.after[43], cls.after[19])  # type: ignore[attr-defined]
+    assert_same_state(cls.after[47], cls.after[19])  # type: ignore[attr-defined]
     run = read_run(tmp_path / "run")
     assert run.status.outcome == "completed"
     assert run.steps["step"].to_list() == list(range(52))
@@ -510,7 +584,7 @@ def test_a_warmup_that_was_not_finished_is_made_again(drawn: dict[str, DrawnSet]
     cls = blowing_up(trainer_for("detect"), 15)  # in the host's warm-up of 12 steps nothing is judged; back to step 0
     train(cls, drawn["detect"].arguments(tmp_path, name="run", epochs=10, val=False, warmup_epochs=3))
     steps = read_run(tmp_path / "run").steps
-    assert_same_state(cls.after[15], cls.before[0])  # type: ignore[attr-defined]
+    assert_same_state(cls.after[15], cls.after[-1])  # type: ignore[attr-defined]
     schedule = [0.01 * ((1 - epoch / 10) * 0.99 + 0.01) for epoch in range(10)]
     expected = [schedule[epoch] * 0.5 * min(1, i / 12) for i, epoch in enumerate(steps["epoch"][16:], 1)]
     assert steps["lr"][16:].to_list() == pytest.approx(expected, rel=1e-6)
@@ -522,7 +596,7 @@ def test_after_the_last_rollback_the_run_stops_with_good_weights(drawn: dict[str
     run = read_run(tmp_path / "run")
     assert (run.status.outcome, run.status.divergence, len(run.steps)) == ("diverged", "blowup", 31)
     assert "after 1 rollbacks; the weights are those of step 0" in str(run.status.reason)
-    good = cls.before[0]["tensors"]  # type: ignore[attr-defined]
+    good = cls.after[-1]["tensors"]  # type: ignore[attr-defined]
     assert all(torch.equal(good[f"ema.{key}"], value) for key, value in trainer.ema.ema.state_dict().items())
     saved = torch.load(trainer.last, weights_only=False)["model"].state_dict()
     assert all(torch.equal(good[f"ema.{key}"].half(), value) for key, value in saved.items() if value.ndim)

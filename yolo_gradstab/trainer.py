@@ -69,6 +69,9 @@ TASKS: dict[str, type[BaseTrainer]] = {"detect": DetectionTrainer, "pose": PoseT
 
 MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 
+DEAD_STEPS = 50  # in a row without any gradient, after which a tensor is said to be dead
+USUAL_SCALE = (0.01, 100.0)  # of a weight at the start, over what PyTorch draws it with
+
 STATE_KEY = "gradstab"  # of our state, inside the checkpoint's optimizer state
 
 
@@ -119,6 +122,13 @@ class _Accumulated:
         self.loss = self.loss + loss.detach()
         for name, value in items.items():
             self.items[name] = self.items.get(name, 0.0) + value.detach() * images
+
+    def average_(self, num_ranks: int) -> None:
+        """Make the losses those of all ranks, which then judge alike and record what they judged."""
+        sums = torch.stack([torch.as_tensor(value).float() for value in (self.loss, *self.items.values())])
+        torch.distributed.all_reduce(sums)
+        self.loss, *items = sums / num_ranks
+        self.items = dict(zip(self.items, items, strict=True))
 
     def state(self) -> dict[str, Any]:
         return {"images": self.images, "loss": float(self.loss), "items": {k: float(v) for k, v in self.items.items()}}
@@ -196,7 +206,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._health = HealthWatch()
         self._spikes = SpikeWatch()
         self._snapshots = Snapshots()
-        self._look: Tensor | None = None  # weight norms by layer and a variance, taken but not yet judged
+        self._look: Tensor | None = None  # what `_looked` saw, not yet judged
+        self._zero_steps: Tensor | None = None  # per tensor, steps in a row without any gradient
         self._restless = False
         self._rollbacks = 0
         self._lr_factor = 1.0  # the backoffs of all rollbacks
@@ -239,6 +250,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         stride = max(int(unwrap_model(self.model).stride.max()), 32)
         return build_coco_dataset(self.args, img_path, batch, self.data, mode, rect=mode == "val", stride=stride)
 
+    def plot_training_samples(self, batch: dict[str, Any], ni: int) -> None:
+        """The host's, from a copy: it scales pixels and replaces labels in place, and an incident may keep them."""
+        super().plot_training_samples({**batch, "img": batch["img"].clone()}, ni)
+
     # The loop --------------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
@@ -279,8 +294,6 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         """Measure, judge, clip, step, bound: the host's step with sight. See the module's docstring for the order."""
         self._gather()
         self._stepped, self._last_step_batch = True, self._batch
-        if self._config.guard.divergence == "rollback" and self._snapshots.is_due(self._step):
-            self._snapshots.add(self._snapshot())
         self.scaler.unscale_(self.optimizer)
         having = [i for i, p in enumerate(self._parameters) if p.grad is not None]
         grads = [self._parameters[i].grad for i in having]
@@ -293,7 +306,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         skipped = not sound and self._refuses(measured, having)
         spike = self._spike(total_norm) if sound else None
         skipped = skipped or (spike is not None and self._config.guard.spike == "skip")
-        self._judge(self._watch.add(self._step, loss=loss, total_norm=total_norm, skipped=skipped))
+        # An fp16 scaler leaves out a step that overflowed, whatever the guard was told.
+        overflowed = not sound and self.scaler.is_enabled() and bool(measured.nonfinite().any())
+        left_out = skipped or overflowed
+        self._judge(self._watch.add(self._step, loss=loss, total_norm=total_norm, skipped=left_out))
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
         self._keep_incident(measured, having, total_norm=total_norm, loss=loss)
         # A step that shows the run to be lost is not made either: its weights will be taken back.
@@ -314,7 +330,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if self._lost is not None:
             self._go_back(self._lost)
             self._lost = None
-        self._record(measured, having, clipped, moved, known={"skipped": not applied, "scale": scale, "lr": lr})
+        known = {"skipped": not applied or overflowed, "scale": scale, "lr": lr}
+        self._record(measured, having, clipped, moved, known=known)
+        if applied:
+            self._keep_state()
 
     def _clip(self, measured: GradientNorms, spike: Spike | None) -> Clipped:
         """The policy; before it, a spike is brought down to the largest norm that would have been none."""
@@ -349,14 +368,13 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         The norm decides whether the optimizer is called, the others whether the run has diverged. Gradients are reduced
         by now; losses and BatchNorm's variances are not, and ranks that judged apart would hang.
         """
-        loss = torch.as_tensor(self._accumulated.loss, device=total_norm.device).detach()
-        values = torch.stack([total_norm, loss.to(total_norm.dtype) / self._accumulated.images])
         look = self._look
         if self.world_size > 1:
-            torch.distributed.all_reduce(values[1:])
-            values[1] /= self.world_size
+            self._accumulated.average_(self.world_size)
             if look is not None:
                 torch.distributed.all_reduce(look, torch.distributed.ReduceOp.MAX)
+        loss = torch.as_tensor(self._accumulated.loss, device=total_norm.device).detach()
+        values = torch.stack([total_norm, loss.to(total_norm.dtype) / self._accumulated.images])
         norm, mean_loss, *looked = values.tolist() if look is None else torch.cat([values, look.to(values)]).tolist()
         self._look = None
         if looked:
@@ -365,7 +383,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
     def _judge_model(self, looked: list[float], *, running: bool = True) -> None:
         """Has the model itself gone, or grown so abruptly that this is no state to go back to?"""
-        update_ratio, running_var, *norms = looked
+        update_ratio, running_var, *others = looked
+        norms, zero_steps = others[: len(self._layers.names)], others[len(self._layers.names) :]
+        self._report_dead(zero_steps)
         named = zip(self._layers.names, norms, strict=True)
         weight_norms = {name: norm for name, norm in named if norm}  # stages without weights have none
         found = self._watch.add_state(self._step - 1, weight_norms=weight_norms, running_var=running_var)
@@ -378,6 +398,35 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
                 event = {"event": "warning", "step": self._step - 1, "epoch": self.epoch}
                 self._run.append_event(event | msgspec.to_builtins(unrest))
         self._restless = unrest is not None
+
+    def _report_dead(self, zero_steps: list[float]) -> None:
+        """Say which trainable tensors have just been without any gradient for `DEAD_STEPS` steps, each once."""
+        # Looks are `LOOK_EVERY` steps apart, so that exactly one of them sees a count within this range.
+        counts = ((i, zero_steps[i]) for i in self._trained_index)
+        dead = [self._names[i] for i, count in counts if DEAD_STEPS <= count < DEAD_STEPS + LOOK_EVERY]
+        if dead and self._run:
+            event = {"event": "dead", "step": self._step - 1, "epoch": self.epoch, "steps": DEAD_STEPS}
+            self._run.append_event(event | {"num_tensors": len(dead), "tensors": dead})
+
+    def _report_init(self) -> None:
+        """Say which weights start on a scale that is off by orders of magnitude.
+
+        A weight's scale is its RMS over that of PyTorch's own initialisation, 1 / sqrt(3 fan_in) (`kaiming_uniform_`
+        with a = sqrt(5); He et al. 2015). Weights that are all zero are that on purpose.
+        """
+        named = [(self._names[i], self._parameters[i]) for i in self._trained_index]
+        weights = [(name, weight) for name, weight in named if weight.ndim >= 2]
+        if not weights:
+            return
+        norms = tensor_norms([weight for _, weight in weights]).tolist()
+        scales = {
+            name: norm / math.sqrt(weight.numel()) * math.sqrt(3 * weight[0].numel())
+            for (name, weight), norm in zip(weights, norms, strict=True)
+        }
+        least, most = USUAL_SCALE
+        off = [{"name": name, "scale": scale} for name, scale in scales.items() if scale and not least <= scale <= most]
+        if off and self._run:
+            self._run.append_event({"event": "init", "step": 0, "num_tensors": len(off), "tensors": off})
 
     def _keep_incident(self, measured: GradientNorms, having: list[int], *, total_norm: float, loss: float) -> None:
         """At the first step of a trouble, keep the batch and find where it first goes bad; weights are untouched yet.
@@ -415,6 +464,14 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
     # Going back ------------------------------------------------------------------------------------------------------
 
+    def _keep_state(self) -> None:
+        """Take a snapshot where one is due; between steps, so that it holds nothing of a batch not yet judged.
+
+        One bad image is in BatchNorm's statistics before its step is judged and left out.
+        """
+        if self._config.guard.divergence == "rollback" and self._snapshots.is_due(self._step):
+            self._snapshots.add(self._snapshot())
+
     def _snapshot(self) -> Snapshot:
         others = {
             "policy": self._policy.state_dict(),
@@ -422,7 +479,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             "watch": msgspec.to_builtins(self._watch),
             "spikes": msgspec.to_builtins(self._spikes),
             "ema_updates": self.ema.updates,
-            "batch": self._batch,
+            "batch": max(self._batch, 0),
         }
         return Snapshot.take(self._step, modules=self._modules(), optimizer=self.optimizer, others=others)
 
@@ -445,6 +502,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._watch = msgspec.convert(others["watch"], DivergenceWatch)
         self._spikes = msgspec.convert(others["spikes"], SpikeWatch)
         self._health, self._restless, self._look, self._bounds = HealthWatch(), False, None, []
+        self._zero_steps = None
         if self._rollbacks >= self._config.guard.max_rollbacks:
             after = f"after {self._rollbacks} rollbacks; the weights are those of step {good.step}"
             self._divergence = Divergence(found.kind, found.step, f"{found.reason}, {after}")
@@ -469,6 +527,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             return self._lr_factor
         length = self._get_warmup_iterations(len(self.train_loader))
         at, to = self._warmup_again
+        at = min(at, self._batch)  # the host's clock goes back where it repeats an epoch or resumes with other batches
+        self._warmup_again = at, to
         ours, hosts = min(1.0, (to + self._batch - at) / length) if length else 1.0, 1.0
         if length and self._batch < length:
             hosts = max(self._batch, 1) / length
@@ -624,6 +684,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         done, self._accumulated = self._accumulated, _Accumulated()
         self._micro_batches = []
         step, self._step = self._step, self._step + 1
+        self._count_zeros(measured, having)
         looks, records = step % LOOK_EVERY == 0, step % self._config.telemetry.layers_every == 0
         stages = self._layer_weights(moved) if looks or records else None
         if looks and stages is not None:
@@ -672,11 +733,19 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         return weights, updates / weights.clamp_min(torch.finfo(weights.dtype).tiny)
 
     def _looked(self, weights: Tensor, ratios: Tensor, *, measured: bool) -> Tensor:
-        """A look at the model, still on the device: median update ratio (NaN if unknown), variance, weight norms."""
+        """A look at the model, still on the device: `update_ratio` (NaN if unknown), variance, norms, zero steps."""
         variances = [b for n, b in unwrap_model(self.model).named_buffers() if n.endswith("running_var")]
         variance = torch._foreach_norm(variances, math.inf) if variances else [weights.new_zeros(())]
         ratio = ratios[weights > 0].median() if measured else weights.new_full((), math.nan)
-        return torch.cat([torch.stack([ratio, torch.stack(tuple(variance)).max().to(ratio)]), weights])
+        first = torch.stack([ratio, torch.stack(tuple(variance)).max().to(ratio)])
+        zero_steps = [] if self._zero_steps is None else [self._zero_steps.to(ratio)]
+        return torch.cat([first, weights, *zero_steps])
+
+    def _count_zeros(self, measured: GradientNorms, having: list[int]) -> None:
+        """Count on the device, for each tensor, the steps in a row at which its gradient was exactly zero."""
+        is_zero = (self._spread(measured.norms, having) == 0).to(self._trained[0].device)
+        before = torch.zeros_like(is_zero, dtype=torch.int32) if self._zero_steps is None else self._zero_steps
+        self._zero_steps = (before + 1) * is_zero
 
     def _spread(self, values: Tensor, index: list[int]) -> Tensor:
         """Values of some parameters as a vector over all of them, zero elsewhere."""
@@ -747,6 +816,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             LOGGER.info(f"Records of {dropped} steps after the checkpoint are dropped; those steps are made again")
         self._run = run
         run.write_status(Status(step=self._step, versions=versions(), seconds=self._seconds_before))
+        if self._step == 0:
+            self._index_parameters()
+            self._report_init()
 
     def _start_epoch(self) -> None:
         if self.epoch == self._epoch_seen:  # out of memory or NaN: the host starts this epoch again, gradients dropped
@@ -759,6 +831,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if self._resumed is not None:
             self._continue(self._resumed)
             self._resumed = None
+        self._keep_state()
 
     def _end_epoch(self) -> None:
         """Write records before validation takes its time, and put the epoch's columns where loggers look."""
@@ -927,13 +1000,17 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         """
         if self._stop_reason:
             return False
-        loss = self.loss
-        if self._config.guard.nonfinite != "off":
+        loss, guard = self.loss, self._config.guard
+        if guard.nonfinite != "off" or guard.divergence == "rollback":
             self.loss = None
         try:
-            return bool(super()._handle_nan_recovery(epoch))
+            recovered = bool(super()._handle_nan_recovery(epoch))
         finally:
             self.loss = loss
+        if recovered:  # what came of the epoch it throws away is no state to go back to
+            self._snapshots.go_back(self._step)
+            self._health, self._look = HealthWatch(), None
+        return recovered
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         """Continue exactly where the checkpoint was made, with the run's own configuration."""
