@@ -15,7 +15,7 @@ import yaml
 
 from yolo_gradstab.cli import main
 from yolo_gradstab.config import config_keys, load_config
-from yolo_gradstab.diagnosis import GAINS, KINDS, Finding, Measured, Records, diagnose, records_of
+from yolo_gradstab.diagnosis import GAINS, KINDS, Finding, Measured, Records, diagnose, last_words, records_of
 from yolo_gradstab.incident import Incident
 from yolo_gradstab.runs import RunError, RunFolder, Status
 from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, PartWriter, read_run
@@ -667,6 +667,29 @@ def test_records_that_are_empty_or_short_are_no_reason_to_fail() -> None:
         assert kinds(run(num=num, map50=None, outcome="running"), "error", "warning") == []
     strange = run(events=[{"event": "skip"}, {"event": "init"}, {"event": "dead"}, {"event": "divergence"}, {}])
     assert diagnose(strange)
+
+
+def test_a_bad_run_ends_with_its_first_finding_and_a_good_one_with_nothing() -> None:
+    hot = lost(**HOT)
+    heading, *rest, command = last_words(hot, "runs/my run").splitlines()
+    assert heading.startswith("error: lr_too_high at step 10: ")
+    assert rest == diagnose(hot)[0].text().splitlines()[1:]
+    assert command == "1 more finding: yolo-gradstab diagnose 'runs/my run'"
+    for silent in (run(), run(clip=0.02), run(events=[DEAD]), run(clip=0.02, outcome="stopped")):
+        assert last_words(silent, "r") == ""
+    # a warning where the run did not come to its end; an error also where it did
+    assert last_words(run(events=[DEAD], outcome="stopped"), "r").startswith("warning: dead_layer at step 80: ")
+    kept = run(incidents=[incident(images=[NAN_IMAGE])], events=[skip()], columns=spoiled(30))
+    assert last_words(kept, "r").startswith("error: bad_images at step 30: ")
+    alone = run(incidents=[incident(reason="spike", images=[NAN_IMAGE])])
+    assert last_words(alone, "r").endswith("\nAgain: yolo-gradstab diagnose r")
+
+
+def test_names_from_data_stay_within_their_line_of_the_terminal() -> None:
+    images = [NAN_IMAGE | {"path": "a\nadvice: none\x1b[2J\u202e\u2028é.jpg"}]
+    text = the("bad_images", run(incidents=[incident(images=images)], events=[skip()])).text()
+    assert r"  where: a\nadvice: none\x1b[2J\u202e\u2028é.jpg" in text.splitlines()
+    assert len(text.splitlines()) == 5
 
 
 # From a folder, and the command --------------------------------------------------------------------------------------

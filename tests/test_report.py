@@ -15,12 +15,12 @@ import polars as pl
 import pytest
 import yaml
 
-from yolo_gradstab.comparison import arm_label
+from yolo_gradstab.comparison import arm_label, gather
 from yolo_gradstab.config import load_config
 from yolo_gradstab.report import ReportError, build_report
 from yolo_gradstab.runs import RunFolder, Status
 from yolo_gradstab.sweep import Trial, plan, read_spec
-from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord
+from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord, read_run
 
 # Recorded: yolo11n, SGD, lr0 0.1, no clipping (ALGORITHMS F14).
 COLLAPSE = [227, 218, 201, 241, 200, 391, 4240, 14216, 268, 237, 161, 7681, 2.25e8, 0.0099, 0.0011, 0.0033]
@@ -313,9 +313,15 @@ def test_text_from_data_stays_text(tmp_path: Path) -> None:
     run = write_run(
         tmp_path / "a<b>|c", status=Status(outcome="diverged", divergence="nonfinite", step=60, reason=reason)
     )
+    tensors = ["model.1.<img src=x onerror=alert(2)>\n# heading | `x`"]
+    RunFolder(run).append_event({"event": "skip", "step": 30, "reason": "nonfinite_gradient", "tensors": tensors})
     text = build_report([run], tmp_path / "out").read_text()
     assert "<script>alert" not in text
     assert "&lt;script&gt;alert(1)" in text
+    assert "<img src=x" not in text
+    assert "model.1.&lt;img src=x onerror=alert(2)&gt;" in text
+    where = r"- where: model.1.&lt;img src=x onerror=alert(2)&gt; \# heading \| \`x\`"
+    assert where in (tmp_path / "out" / "report.md").read_text().splitlines()
     rows = [line for line in (tmp_path / "out" / "report.md").read_text().splitlines() if line.startswith("| a&lt;b")]
     assert len(rows) == 1
     assert rows[0].startswith(r"| a&lt;b&gt;\|c | norm 10 | 0.02 |")
@@ -331,6 +337,97 @@ def test_a_single_run_has_its_trajectories_and_no_comparison(tmp_path: Path) -> 
     assert 'data-figure="train_trajectories"' in text
     assert "train_metric" not in text
     assert sorted(path.name for path in (run / "figures").iterdir()) == ["train_layers.png", "train_trajectories.png"]
+
+
+# Findings
+
+
+def test_findings_of_a_sweep_are_grouped_by_arm(sweep: Path) -> None:
+    ((comparison,), not_shown) = gather([sweep])
+    assert not_shown == []
+    assert comparison.findings_sentence == "Of 8 runs: 2 with an error."
+    rows = [(row.arm, row.severity, row.kind, row.runs, row.first, row.steps, row.lr0) for row in comparison.findings]
+    rate = (0.1, 0.1)
+    assert rows == [  # of the recorded collapse: 12 is where the loss passes 100 times its start, 15 its last step
+        ("norm 10", "error", "loss_blowup", 2, 2, (12, 12), rate),
+        ("norm 10", "error", "silent_collapse", 2, 0, (15, 15), rate),
+        ("norm 10", "error", "nonfinite_loss", 1, 0, (15, 15), rate),  # by the words of the run that failed
+    ]
+    assert comparison.findings[0].advice.startswith("Lower the rate of 0.02 to lr0=")
+
+
+def test_findings_name_the_run_at_the_lowest_rate_and_count_runs_not_findings(tmp_path: Path) -> None:
+    """Three runs at three rates; in two of them two components of the loss were never anything but 0."""
+    init = {"event": "init", "step": 0, "tensors": [{"name": "model.0.conv.weight", "scale": 1000.0}]}
+    for rate, step in ((0.03, 9), (0.01, 40), (0.1, None)):
+        run = write_run(tmp_path / f"rate{rate}", args={"lr0": rate})
+        if step is not None:
+            RunFolder(run).append_event(
+                {"event": "dead", "step": step, "steps": 50, "tensors": ["model.1.conv.weight"]}
+            )
+            RunFolder(run).append_event(init)
+            part = next((run / "gradstab" / "steps").glob("*.parquet"))
+            pl.read_parquet(part).with_columns(loss_a=0.0, loss_b=0.0).write_parquet(part)
+    (comparison,), _ = gather(sorted(tmp_path.iterdir()))
+    assert comparison.findings_sentence == "Of 3 runs: 2 with a warning."
+    rows = {row.kind: (row.runs, row.first, row.steps, row.lr0, row.example) for row in comparison.findings}
+    assert rows == {
+        "bad_init": (2, 2, (0, 0), (0.01, 0.03), "rate0.01"),
+        "dead_loss_component": (2, 0, (0, 0), (0.01, 0.03), "rate0.01"),
+        "dead_layer": (2, 0, (9, 40), (0.01, 0.03), "rate0.01"),
+    }
+
+
+def test_both_documents_and_the_summary_show_what_diagnose_says(sweep: Path) -> None:
+    lost = next(path for path in sorted((sweep / "trials").iterdir()) if read_run(path).diagnose())
+    said = read_run(lost).diagnose()
+    page = build_report([lost], sweep / "one").read_text()
+    markdown = (sweep / "one" / "report.md").read_text()
+    assert summary_of(sweep / "one")["findings"] == [
+        {"path": str(lost), "arm": "norm 10", "lr0": 0.1, "findings": msgspec.to_builtins(said)}
+    ]
+    assert "Nothing wrong was found" not in page + markdown
+    for finding in said:
+        assert f"<strong>{finding.kind}</strong> at step {finding.step}: {finding.message}</p>" in page
+        assert f"**error: {finding.kind}** at step {finding.step}: {finding.message}\n" in markdown
+        for name, measured in finding.evidence.items():
+            cell = f'<td class="text range">{name}</td><td class="text">{measured.text()}</td>'
+            assert cell in page
+            assert f"- {name}: {measured.text()}\n" in markdown
+        assert f"<p>{finding.advice}</p>" in page
+        assert f"- advice: {finding.advice}\n" in markdown
+    build_report([sweep])
+    page, markdown = (sweep / "report.html").read_text(), (sweep / "report.md").read_text()
+    assert "Of 8 runs: 2 with an error." in page
+    assert "Of 8 runs: 2 with an error." in markdown
+    assert '<span class="lost">loss_blowup</span></td><td>2</td><td>2</td><td>0.1</td><td>12</td>' in page
+    assert "| norm 10 | error: loss_blowup | 2 | 2 | 0.1 | 12 | Lower the rate of 0.02 to lr0=" in markdown
+    assert len(summary_of(sweep)["findings"]) == 2
+
+
+def test_a_healthy_run_has_nothing_wrong(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    build_report(run)
+    for name in ("report.html", "report.md"):
+        assert (run / name).read_text().count("Nothing wrong was found.") == 1
+    assert summary_of(run)["findings"] == []
+
+
+def test_records_that_cannot_be_diagnosed_leave_the_run_in_the_report(sweep: Path) -> None:
+    folder = next(path for path in sorted((sweep / "trials").iterdir()) if not read_run(path).diagnose())
+    incident = folder / "gradstab" / "incidents" / "3" / "incident.json"
+    incident.parent.mkdir(parents=True)
+    incident.write_text('{"format": 1}')
+    (comparison,), (left_out,) = gather([sweep])
+    assert len(comparison.entries) == 8
+    assert comparison.findings_sentence == "Of 8 runs: 2 with an error and 1 whose records cannot be diagnosed."
+    assert left_out.path == str(folder)
+    assert left_out.reason.startswith("its findings, since records cannot be read: ")
+    assert "incident.json: Object missing required field" in left_out.reason
+    next((folder / "gradstab" / "layers").glob("*.parquet")).write_bytes(b"not parquet")
+    (comparison,), (left_out,) = gather([sweep])
+    assert len(comparison.entries) == 7
+    assert left_out.reason.startswith("cannot be read: ")
 
 
 def test_unfinished_and_broken_folders_are_named(sweep: Path) -> None:

@@ -124,6 +124,22 @@ def test_status_is_strict_json(tmp_path: Path) -> None:
     assert run.read_status().outcome == "failed"
 
 
+def test_final_metrics_are_the_last_epochs_and_the_key_points_before_the_boxes(tmp_path: Path) -> None:
+    def found(csv: str, **metrics: float) -> tuple[float | None, float | None]:
+        run = folder(tmp_path)
+        run.write_status(Status(metrics=metrics))
+        (tmp_path / "results.csv").write_text(csv)
+        return read_run(tmp_path).map50, read_run(tmp_path).metric
+
+    names = "epoch, metrics/mAP50(B),metrics/mAP50-95(B),metrics/mAP50(P),metrics/mAP50-95(P)"
+    best = {"metrics/mAP50(B)": 0.99, "metrics/mAP50-95(B)": 0.95}  # the host's last metrics are the best epoch's
+    assert found(f"{names}\n1,.9,.8,.7,.6\n2,.5,.4,.3,.2\n", **best) == (0.3, 0.2)
+    assert found("metrics/mAP50(B),metrics/mAP50-95(B)\n.9,.8\nnan,inf\n", **best) == (None, None)
+    assert found("metrics/mAP50-95(B)\n.8\n", **best) == (0.8, 0.8)  # smaller than the one that was not recorded
+    assert found("epoch\n", **best) == (0.99, 0.95)
+    assert found("epoch\n") == (None, None)
+
+
 def test_folders_that_are_no_run(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no gradstab folder in it, so not a run of yolo-gradstab"):
         read_run(tmp_path)

@@ -18,6 +18,8 @@ import polars as pl
 
 from yolo_gradstab import stats
 from yolo_gradstab.config import CLIP_POLICIES
+from yolo_gradstab.diagnosis import Finding
+from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
 from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
 from yolo_gradstab.runs import RunError, RunFolder
 from yolo_gradstab.stats import Estimate
@@ -78,7 +80,8 @@ class Entry:
     def __init__(self, run: Run, trial: Trial | None) -> None:
         self.run = run
         self.arm = trial.arm if trial else {key: run.config.get(key) for key in ("clip", "update_clip")}
-        self.steps = run.steps
+        self.steps, self.layers = run.steps, run.layers
+        self.findings: list[Finding] | None = []  # most important first; none where records are damaged
         self.row = _row(run, trial, arm_label(run.config, self.arm))
 
     @property
@@ -421,6 +424,35 @@ class Comparison:
         return {(e.row.lr0, e.row.seed): (_end(e), e.diverged) for e in entries}
 
     @cached_property
+    def findings(self) -> list[FindingRow]:
+        """Errors and warnings of all runs, by arm: errors first, of them what was most often the root cause."""
+        groups: dict[tuple[str, Severity, Kind], list[tuple[Entry, Finding]]] = {}
+        for entry in self.entries:
+            for finding in entry.findings or []:
+                if finding.severity != "info":
+                    groups.setdefault((entry.row.arm, finding.severity, finding.kind), []).append((entry, finding))
+        rows = [_finding_row(group) for group in groups.values()]
+        return sorted(
+            rows,
+            key=lambda row: (
+                self.labels.index(row.arm), SEVERITIES.index(row.severity), -row.first, -row.runs, KINDS.index(row.kind)
+            ),
+        )  # fmt: skip
+
+    @cached_property
+    def findings_sentence(self) -> str:
+        """How many runs have an error, and how many a warning; of a single run only where there is neither."""
+        kinds = Counter(
+            "damaged" if entry.findings is None else entry.findings[0].severity if entry.findings else "info"
+            for entry in self.entries
+        )
+        if kinds.keys() <= {"info"}:
+            return "Nothing wrong was found."
+        words = {"error": "with an error", "warning": "with a warning", "damaged": "whose records cannot be diagnosed"}
+        parts = [f"{kinds[kind]} {what}" for kind, what in words.items() if kinds[kind]]
+        return "" if self.is_single and not kinds["damaged"] else f"Of {len(self.entries)} runs: {_listed(parts)}."
+
+    @cached_property
     def sorts(self) -> str:
         """How the runs that were not kept ended, and what ending some early has spared; nothing where all were kept."""
         words = {"nonfinite": "not finite", "blowup": "blew up", "collapse": "collapsed silently", "stalled": "stalled"}
@@ -493,7 +525,7 @@ class Comparison:
         if self.is_single:
             best, lost = self.entries[0], None
         chosen = [
-            (f"{what}{entry.row.arm}, lr0 {entry.row.lr0:g}, seed {entry.row.seed}", entry.run.layers)
+            (f"{what}{entry.row.arm}, lr0 {entry.row.lr0:g}, seed {entry.row.seed}", entry.layers)
             for what, entry in (("" if self.is_single else "best: ", best), (f"{_kind(lost)}: ", lost))
             if entry is not None
         ]
@@ -523,6 +555,45 @@ class Comparison:
             return f"{_listed(lost)}; no run has a final {self.metric_name}."
         middle = ", median over seeds" if self.num_seeds > 1 else ""
         return f"{_listed(lost)}; best {self.metric_name}{middle}: {' against '.join(best)}."
+
+
+class FindingRow(msgspec.Struct, kw_only=True):
+    """One kind of finding among the runs of an arm.
+
+    Attributes:
+        runs: How many have it.
+        first: In how many it is the first finding: for an error, the root cause.
+        steps: Earliest and latest step at which it was first seen.
+        lr0: Lowest and highest learning rate of these runs.
+        example: The run at the lowest rate, which the advice is for.
+    """
+
+    arm: str
+    severity: Severity
+    kind: Kind
+    runs: int
+    first: int
+    steps: tuple[int, int] | None
+    lr0: tuple[float, float]
+    example: str
+    advice: str
+
+
+def _finding_row(group: list[tuple[Entry, Finding]]) -> FindingRow:
+    entry, finding = min(group, key=lambda one: (one[0].row.lr0, one[0].row.seed))
+    rates = [entry.row.lr0 for entry, _ in group]
+    steps = [finding.step for _, finding in group if finding.step is not None]
+    return FindingRow(
+        arm=entry.row.arm,
+        severity=finding.severity,
+        kind=finding.kind,
+        runs=len({id(entry) for entry, _ in group}),
+        first=sum(found is next(iter(one.findings or []), None) for one, found in group),
+        steps=(min(steps), max(steps)) if steps else None,
+        lr0=(min(rates), max(rates)),
+        example=entry.row.id,
+        advice=finding.advice,
+    )
 
 
 def _kind(entry: Entry | None) -> str:
@@ -638,12 +709,24 @@ def _read_sweep(path: Path, not_shown: list[NotShown]) -> list[Entry]:
 
 
 def _read_all(folders: Iterable[Path], not_shown: list[NotShown]) -> list[Entry]:
+    # Any byte of a file may be damaged, and each reader has its own errors; the folder is named in the report.
+    damaged = (RunError, pl.exceptions.PolarsError, OSError, ValueError, TypeError, LookupError, AttributeError)
+
+    def name(folder: Path, what: str, error: Exception) -> None:
+        text = " ".join(str(error).split()) or type(error).__name__
+        not_shown.append(NotShown(str(folder), f"{what}: {text.removeprefix(f'{folder}: ')}"))
+
     entries = []
     for folder in folders:
         try:
-            entries.append(Entry(read_run(folder), read_trial(folder)))
-        # Any byte of a file may be damaged, and each reader has its own errors; the folder is named in the report.
-        except (RunError, pl.exceptions.PolarsError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            text = " ".join(str(error).split()) or type(error).__name__
-            not_shown.append(NotShown(str(folder), f"cannot be read: {text.removeprefix(f'{folder}: ')}"))
+            entry = Entry(read_run(folder), read_trial(folder))
+        except damaged as error:
+            name(folder, "cannot be read", error)
+            continue
+        try:
+            entry.findings = entry.run.diagnose()
+        except damaged as error:  # of what its row does not need
+            entry.findings = None
+            name(folder, "its findings, since records cannot be read", error)
+        entries.append(entry)
     return entries

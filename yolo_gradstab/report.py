@@ -39,7 +39,8 @@ def build_report(paths: str | Path | Iterable[str | Path], out: str | Path | Non
     failed for a reason that is not the training's, or goes on, is counted apart. `best` is at the learning rate with
     the highest median over seeds (a run that diverged counts as 0), with the smallest and the largest of its seeds;
     `clipped_share` and `lr_eff` are medians of the runs at that rate; `seconds` are all its runs together,
-    `compute_saved` the seconds that ending diverged runs early has spared. What is null has a reason.
+    `compute_saved` the seconds that ending diverged runs early has spared. What is null has a reason. `findings` are
+    those of every run that has any, most important first.
 
     Args:
         paths: Run folders and sweep folders, mixed.
@@ -88,6 +89,12 @@ def _write_summary(folder: Path, comparisons: list[Comparison], not_shown: list[
         "compute_saved": sum(known) if known else None,
         "reasons": {"compute_saved": reasons} if reasons else {},
         "not_shown": not_shown,
+        "findings": [
+            {"path": entry.row.path, "arm": entry.row.arm, "lr0": entry.row.lr0, "findings": entry.findings}
+            for comparison in comparisons
+            for entry in comparison.entries
+            if entry.findings
+        ],
     }
     with replacing(folder / "summary.json") as temporary:  # msgspec writes null for what is not finite
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(summary), indent=2))
