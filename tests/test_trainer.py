@@ -5,6 +5,7 @@ training from JSON equals training from labels.
 """
 
 import json
+import logging
 import math
 import signal
 import subprocess
@@ -331,15 +332,17 @@ def test_the_first_batch_of_a_trouble_is_kept_and_replays(drawn: dict[str, Drawn
 
 
 def test_the_terminal_says_at_the_end_what_went_wrong(
-    drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(LOGGER, "propagate", True)
+    lines: list[str] = []
+    listening = logging.Handler()
+    listening.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    monkeypatch.setattr(LOGGER, "handlers", [listening])
 
     def said(cls: type, name: str, **callbacks: Callable[[Any], None]) -> list[str]:
         """What is said after training and its validation."""
-        caplog.clear()
+        lines.clear()
         train(cls, drawn["detect"].arguments(tmp_path, name=name, val=False), **callbacks)
-        lines = [record.getMessage() for record in caplog.records]
         return lines[max(i for i, line in enumerate(lines) if "epochs completed in" in line) + 1 :]
 
     def damage(trainer: Any) -> None:
