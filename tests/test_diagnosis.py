@@ -351,6 +351,14 @@ def test_symptoms_stand_in_the_order_they_came() -> None:
     assert found == [("loss_blowup", 60), ("silent_collapse", 72)]
 
 
+def test_a_rate_that_an_early_warning_lowered_is_a_warning_and_no_loss() -> None:
+    back = {"event": "rollback", "step": 13, "kind": "running_var", "reason": "a variance grew", "to_step": 0}
+    found = diagnose(run(events=[back | {"lr_factor": 0.125, "rollbacks": 1}]))
+    assert [(f.kind, f.severity) for f in found if f.severity != "info"] == [("lr_too_high", "warning")]
+    assert "before the run was lost" in found[0].message
+    assert found[0].advice.startswith("Set lr0=0.001, the rate at which the run went on")
+
+
 def test_a_run_that_was_saved_has_warnings_that_still_name_the_cause() -> None:
     loss = np.where((np.arange(NUM) >= 60) & (np.arange(NUM) < 64), 3e4, 150.0)
     events = [

@@ -17,6 +17,7 @@ from yolo_gradstab.guard import (
     HealthWatch,
     SpikeWatch,
     find_divergences,
+    is_look,
 )
 
 # A run of yolo11n, SGD at 0.1 without clipping, that ended at a loss of 1e-8 and mAP 0 (ALGORITHMS F14).
@@ -174,29 +175,63 @@ def test_real_runs_that_collapsed_are_found_early_and_no_other_is() -> None:
 
 
 def looks(norms: list[float], variances: list[float] | None = None, ratio: float | None = None) -> list[str | None]:
-    """What each look finds; two looks lie between those that are compared."""
+    """What each look finds, five steps apart, so that it is compared with the one before the last."""
     watch = HealthWatch()
     found = [
-        watch.look(weight_norms={"model.0": 1.0, "model.1": norm}, running_var=variance, update_ratio=ratio)
-        for norm, variance in zip(norms, variances or [1.0] * len(norms), strict=True)
+        watch.look(5 * i, weight_norms={"model.0": 1.0, "model.1": norm}, running_var=variance, update_ratio=ratio)
+        for i, (norm, variance) in enumerate(zip(norms, variances or [1.0] * len(norms), strict=True))
     ]
     return [unrest and f"{unrest.kind} {unrest.layer} {unrest.value:.3g}" for unrest in found]
 
 
 def test_abrupt_growth_is_unrest_and_slow_growth_is_none() -> None:
-    # recorded (drawn set, SGD, stock's clip), a stage's weights every ten steps: lr0 0.3 is lost, 0.1 is kept
-    assert looks([1, 1, 1.39, 1.39, 3.66, 3.66]) == [None] * 4 + ["weight_growth model.1 2.63"] * 2
-    assert looks([1, 1.4, 2.03, 2.6, 3.4, 4.1]) == [None] * 6
-    assert looks([2.0**i for i in range(4)])[2:] == ["weight_growth model.1 4"] * 2
+    # recorded (drawn set, SGD, stock's clip), a stage's weights every five steps: lr0 1.0 is lost, 0.1 is kept
+    assert looks([1, 1.19, 2.7, 5.43]) == [None] * 3 + ["weight_growth model.1 4.56"]
+    assert looks([1, 1.01, 1.06, 1.24, 1.52, 1.9, 2.23]) == [None] * 7
+    assert looks([2.1**i for i in range(4)])[2:] == ["weight_growth model.1 4.41"] * 2
     assert looks([1.05**i for i in range(200)]) == [None] * 200
 
 
 def test_variances_and_updates_are_looked_at_too() -> None:
-    assert looks([1] * 3, [1, 4.9, 12]) == [None, None, "running_var None 12"]
+    assert looks([1] * 3, [1, 49, 51]) == [None, None, "running_var None 51"]
+    assert looks([1] * 4, [1, 7, 49, 357]) == [None, None, None, "running_var None 51"]  # against 7
     assert looks([1] * 3, [0.001, 0.01, 1]) == [None] * 3  # below where variances start, nothing is abrupt
     assert looks([1] * 2, ratio=0.31) == ["update_ratio None 0.31"] * 2
     assert looks([1] * 2, ratio=0.29) == [None] * 2
     assert looks([1, 1, math.nan]) == [None, None, "weight_growth model.1 nan"]
+
+
+def test_early_steps_are_looked_at_one_by_one_and_compared_over_ten() -> None:
+    assert [step for step in range(41) if is_look(step)] == [*range(20), 20, 25, 30, 35, 40]
+    watch = HealthWatch()
+    found = [watch.look(i, weight_norms={"a": 1.15**i}, running_var=1.0) for i in range(20)]
+    assert [i for i, unrest in enumerate(found) if unrest] == list(range(10, 20))  # 1.15^9 = 3.52, 1.15^10 = 4.05
+    assert {round(unrest.value, 3) for unrest in found if unrest} == {4.046}
+    first = next(unrest for unrest in found if unrest)
+    assert first.reason == "the weights of a have grown 4.05 times within 10 steps (limit 4)"
+
+
+@pytest.mark.parametrize(
+    ("ratios", "backoff", "number"),
+    [
+        ([], 0.5, 1),
+        ([0.001, 0.01, None], 0.5, 1),
+        ([0.015], 0.5, 1),
+        ([0.03, 0.005], 0.5, 2),  # the largest counts: 0.03 / 4 is below 0.01, 0.03 / 2 is not
+        ([0.15], 0.5, 4),
+        ([0.15], 0.1, 2),
+        ([0.15], 1.0, 1),
+        ([math.nan, 0.1], 0.5, 17),  # not known how large: as the largest that is believed, 1000
+        ([1e9], 0.2, 8),  # log5(1000 / 0.01) = 7.2
+    ],
+)
+def test_the_rate_is_lowered_as_often_as_the_largest_update_calls_for(
+    ratios: list[float | None], backoff: float, number: int
+) -> None:
+    watch = HealthWatch()
+    for i, ratio in enumerate(ratios):
+        watch.look(i, weight_norms={"a": 1.0}, running_var=1.0, update_ratio=ratio)
+    assert watch.num_backoffs(backoff) == number
 
 
 # Spikes

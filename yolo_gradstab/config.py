@@ -166,7 +166,9 @@ class Guard(_Section, frozen=True, kw_only=True):
     """What happens to a step that must not be applied, and to a run that has diverged.
 
     A divergence is noticed and recorded whatever `divergence` says; ``stop`` ends the run there, ``rollback`` goes back
-    to a good state with every learning rate times `backoff`, at most `max_rollbacks` times.
+    to a good state with every learning rate times `backoff`, at most `max_rollbacks` times. It does so too where the
+    weights or BatchNorm's variances grow so abruptly that the run will be lost; where updates are many times too large,
+    the rate is multiplied by `backoff` more than once.
     """
 
     nonfinite: Literal["skip", "stop", "off"] = "skip"

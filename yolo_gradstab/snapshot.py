@@ -48,6 +48,12 @@ class Snapshot(NamedTuple):
             copy.deepcopy(others),
         )
 
+    @property
+    def num_bytes(self) -> int:
+        """What its tensors hold."""
+        kept = [*self.modules.values(), *self.optimizer.values()]
+        return sum(value.nbytes for values in kept for value in values.values() if isinstance(value, Tensor))
+
     def restore_(self, *, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Bring the modules and the optimizer back to this state; returns a copy of its other values.
 

@@ -48,6 +48,8 @@ from yolo_gradstab.guard import (
     HealthWatch,
     Spike,
     SpikeWatch,
+    Unrest,
+    is_look,
 )
 from yolo_gradstab.incident import capture, one_line
 from yolo_gradstab.norms import (
@@ -70,7 +72,7 @@ TASKS: dict[str, type[BaseTrainer]] = {"detect": DetectionTrainer, "pose": PoseT
 MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 
 DEAD_STEPS = 50  # in a row without any gradient, after which a tensor is said to be dead
-USUAL_SCALE = (0.01, 100.0)  # of a weight at the start, over what PyTorch draws it with
+USUAL_SCALE = (0.001, 100.0)  # of a weight at the start, over PyTorch's own; the host's pose head has some at 0.004
 
 STATE_KEY = "gradstab"  # of our state, inside the checkpoint's optimizer state
 
@@ -213,7 +215,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._lr_factor = 1.0  # the backoffs of all rollbacks
         self._warmup_again: tuple[int, int] | None = None  # micro-batches: where the last rollback was, and went to
         self._divergence: Divergence | None = None  # the first that was not undone
-        self._lost: Divergence | None = None  # this step's, where the guard is to go back
+        self._lost: Divergence | Unrest | None = None  # this step's, where the guard is to go back
         self._map50: float | None = None  # at the last validation
         self._resumed: dict[str, Any] | None = None  # the state to continue from, until the first epoch begins
         self._aligning = False  # until the first optimizer step after a resume
@@ -390,13 +392,18 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         weight_norms = {name: norm for name, norm in named if norm}  # stages without weights have none
         found = self._watch.add_state(self._step - 1, weight_norms=weight_norms, running_var=running_var)
         self._judge(found, running=running)
-        ratio = None if math.isnan(update_ratio) else update_ratio
-        unrest = self._health.look(weight_norms=weight_norms, running_var=running_var, update_ratio=ratio)
+        ratio = None if update_ratio < 0 else update_ratio
+        unrest = self._health.look(
+            self._step - 1, weight_norms=weight_norms, running_var=running_var, update_ratio=ratio
+        )
         if unrest is not None:
             self._snapshots.disturb(self._step)
             if self._run and not self._restless:
                 event = {"event": "warning", "step": self._step - 1, "epoch": self.epoch}
                 self._run.append_event(event | msgspec.to_builtins(unrest))
+            guard = self._config.guard
+            if running and guard.divergence == "rollback" and self._rollbacks < guard.max_rollbacks:
+                self._lost = self._lost or unrest  # which costs ten steps now, and the run later
         self._restless = unrest is not None
 
     def _report_dead(self, zero_steps: list[float]) -> None:
@@ -486,7 +493,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _modules(self) -> dict[str, torch.nn.Module]:
         return {"model": unwrap_model(self.model), "ema": self.ema.ema}
 
-    def _go_back(self, found: Divergence) -> None:
+    def _go_back(self, found: Divergence | Unrest) -> None:
         """Restore the last good state and lower the rate; after the last rollback, restore it and stop.
 
         The host's clock runs on, so that the schedule ends when it would have; a warm-up that the state had not
@@ -501,24 +508,25 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self.ema.updates = others["ema_updates"]
         self._watch = msgspec.convert(others["watch"], DivergenceWatch)
         self._spikes = msgspec.convert(others["spikes"], SpikeWatch)
+        num_backoffs = self._health.num_backoffs(self._config.guard.backoff)
         self._health, self._restless, self._look, self._bounds = HealthWatch(), False, None, []
         self._zero_steps = None
-        if self._rollbacks >= self._config.guard.max_rollbacks:
+        if isinstance(found, Divergence) and self._rollbacks >= self._config.guard.max_rollbacks:
             after = f"after {self._rollbacks} rollbacks; the weights are those of step {good.step}"
             self._divergence = Divergence(found.kind, found.step, f"{found.reason}, {after}")
             self._stop_reason = f"{found.kind} at step {found.step}: {self._divergence.reason}"
             self.stop = True
             return
         self._rollbacks += 1
-        self._lr_factor *= self._config.guard.backoff
+        self._lr_factor *= self._config.guard.backoff**num_backoffs
         self._warmup_again = (self._batch, others["batch"])
         if self._run:
             event = {"event": "rollback", "step": self._step, "epoch": self.epoch, "kind": found.kind}
             event |= {"reason": found.reason, "to_step": good.step}
             self._run.append_event(event | {"lr_factor": self._lr_factor, "rollbacks": self._rollbacks})
             LOGGER.warning(
-                f"Back to the state of step {good.step}, learning rate times {self._lr_factor:g} from here on "
-                f"(rollback {self._rollbacks} of {self._config.guard.max_rollbacks})"
+                f"{found.reason}: back to the state of step {good.step}, learning rate times {self._lr_factor:g} from "
+                f"here on (rollback {self._rollbacks} of {self._config.guard.max_rollbacks})"
             )
 
     def _rate_factor(self) -> float:
@@ -623,7 +631,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _step_and_bound(self) -> UpdateRatios | None:
         """The optimizer's step, its update bounded and measured where that is wanted."""
         bound = self._config.update_clip
-        if bound is None and self._step % self._config.telemetry.layers_every:
+        records = self._step % self._config.telemetry.layers_every == 0
+        if bound is None and not records and not is_look(self._step):
             self.scaler.step(self.optimizer)
             return None
         torch._foreach_copy_(self._before, self._trained)
@@ -685,7 +694,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._micro_batches = []
         step, self._step = self._step, self._step + 1
         self._count_zeros(measured, having)
-        looks, records = step % LOOK_EVERY == 0, step % self._config.telemetry.layers_every == 0
+        looks, records = is_look(step), step % self._config.telemetry.layers_every == 0
         stages = self._layer_weights(moved) if looks or records else None
         if looks and stages is not None:
             self._look = self._looked(*stages, measured=moved is not None)
@@ -733,10 +742,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         return weights, updates / weights.clamp_min(torch.finfo(weights.dtype).tiny)
 
     def _looked(self, weights: Tensor, ratios: Tensor, *, measured: bool) -> Tensor:
-        """A look at the model, still on the device: `update_ratio` (NaN if unknown), variance, norms, zero steps."""
+        """A look at the model, still on the device: `update_ratio` (-1 if unknown), variance, norms, zero steps."""
         variances = [b for n, b in unwrap_model(self.model).named_buffers() if n.endswith("running_var")]
         variance = torch._foreach_norm(variances, math.inf) if variances else [weights.new_zeros(())]
-        ratio = ratios[weights > 0].median() if measured else weights.new_full((), math.nan)
+        ratio = ratios[weights > 0].median() if measured else weights.new_full((), -1.0)
         first = torch.stack([ratio, torch.stack(tuple(variance)).max().to(ratio)])
         zero_steps = [] if self._zero_steps is None else [self._zero_steps.to(ratio)]
         return torch.cat([first, weights, *zero_steps])
@@ -956,6 +965,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             "policy": self._policy.state_dict(),
             "watch": msgspec.to_builtins(self._watch),
             "spikes": msgspec.to_builtins(self._spikes),
+            "health": msgspec.to_builtins(self._health),
+            "restless": self._restless,
+            "look": self._look,
+            "zero_steps": self._zero_steps,
             "divergence": msgspec.to_builtins(self._divergence),
             "rollbacks": self._rollbacks,
             "lr_factor": self._lr_factor,
@@ -1036,6 +1049,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self.optimizer.load_state_dict(state["optimizer"])
         self._watch = msgspec.convert(state["watch"], DivergenceWatch)
         self._spikes = msgspec.convert(state["spikes"], SpikeWatch)
+        self._health, self._restless = msgspec.convert(state["health"], HealthWatch), state["restless"]
+        seen = {name: None if state[name] is None else state[name].to(self.device) for name in ("look", "zero_steps")}
+        self._look, self._zero_steps = seen["look"], seen["zero_steps"]
         self._divergence = msgspec.convert(state["divergence"], Divergence | None)
         self._rollbacks, self._lr_factor = state["rollbacks"], state["lr_factor"]
         self._warmup_again = state["warmup_again"]

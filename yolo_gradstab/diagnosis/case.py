@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import msgspec
 import numpy as np
@@ -12,7 +12,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from yolo_gradstab.diagnosis.finding import Severity
-from yolo_gradstab.guard import FIRST_STEPS, NO_QUALITY, Divergence, find_divergences
+from yolo_gradstab.guard import FIRST_STEPS, NO_QUALITY, Divergence, UnrestKind, find_divergences
 from yolo_gradstab.incident import Incident, IncidentError, read_incident
 from yolo_gradstab.runs import RunError, Status
 from yolo_gradstab.telemetry import Run
@@ -141,7 +141,7 @@ class Case:
     @cached_property
     def divergences(self) -> list[Divergence]:
         """What the trainer saw, and what the records show, each kind once, in order."""
-        found = [_divergence(event) for event in self.events("divergence", "rollback")]
+        found = [_divergence(event) for event in self.events("divergence", "rollback") if event not in self.calmings]
         found += find_divergences(self.steps, self.layers, map50=self.map50)
         reason = self.status.reason or ""
         if self.status.divergence or (self.status.outcome == "failed" and "NaN" in reason):  # the host's own words
@@ -152,6 +152,11 @@ class Case:
         for divergence in sorted(found, key=lambda divergence: divergence.step):
             first.setdefault(divergence.kind, divergence)
         return list(first.values())
+
+    @cached_property
+    def calmings(self) -> list[dict[str, Any]]:
+        """Rollbacks that an early warning made, before the run was lost."""
+        return [event for event in self.events("rollback") if event.get("kind") in get_args(UnrestKind)]
 
     @cached_property
     def recovered(self) -> bool:

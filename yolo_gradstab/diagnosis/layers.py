@@ -39,7 +39,7 @@ def bad_init(case: Case) -> Iterator[Finding]:
             step=step_of(event),
             where=listed([tensor["name"] for tensor in tensors], most=MOST_NAMED),
             evidence={
-                tensor["name"]: Measured(tensor["scale"], "0.01 to 100 times the usual")
+                tensor["name"]: Measured(tensor["scale"], "0.001 to 100 times the usual")
                 for tensor in tensors[:MOST_NAMED]
             },
             advice=f"Initialise these weights anew in the model {case.model}, or start from pretrained=True.",

@@ -71,6 +71,8 @@ def lr_too_high(case: Case) -> Iterator[Finding]:
     words = "each step moves the weights too far for them to settle"
     if case.troubled and case.recovered:
         words += "; the run was lost to it and came back"
+    elif case.calmings:
+        words += "; the guard went back before the run was lost, and lowered the rate"
     yield Finding(
         kind="lr_too_high",
         severity=severity,
@@ -85,6 +87,8 @@ def lr_too_high(case: Case) -> Iterator[Finding]:
 def _rate_severity(case: Case) -> Severity | None:
     if case.troubled:
         return case.severity if is_hot(case) else None
+    if case.calmings:
+        return "warning"
     if case.usual_update is None:
         return None
     adaptive = "ADAM" in str(case.args.get("optimizer", "")).upper()  # its weights grow early in good runs too
