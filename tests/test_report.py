@@ -353,7 +353,9 @@ def test_findings_of_a_sweep_are_grouped_by_arm(sweep: Path) -> None:
         ("norm 10", "error", "silent_collapse", 2, 0, (15, 15), rate),
         ("norm 10", "error", "nonfinite_loss", 1, 0, (15, 15), rate),  # by the words of the run that failed
     ]
-    assert comparison.findings[0].advice.startswith("Lower the rate of 0.02 to lr0=")
+    first, second, third = (row.advice for row in comparison.findings)
+    assert first.startswith("Lower the rate of 0.02 to lr0=")
+    assert (second, third[:27]) == ("", "Keep guard.nonfinite=skip, ")  # the same again is not
 
 
 def test_findings_name_the_run_at_the_lowest_rate_and_count_runs_not_findings(tmp_path: Path) -> None:
@@ -400,7 +402,7 @@ def test_both_documents_and_the_summary_show_what_diagnose_says(sweep: Path) -> 
     page, markdown = (sweep / "report.html").read_text(), (sweep / "report.md").read_text()
     assert "Of 8 runs: 2 with an error." in page
     assert "Of 8 runs: 2 with an error." in markdown
-    assert '<span class="lost">loss_blowup</span></td><td>2</td><td>2</td><td>0.1</td><td>12</td>' in page
+    assert '<span class="lost">error</span> loss_blowup</td><td>2</td><td>2</td><td>0.1</td><td>12</td>' in page
     assert "| norm 10 | error: loss_blowup | 2 | 2 | 0.1 | 12 | Lower the rate of 0.02 to lr0=" in markdown
     assert len(summary_of(sweep)["findings"]) == 2
 

@@ -431,13 +431,18 @@ class Comparison:
             for finding in entry.findings or []:
                 if finding.severity != "info":
                     groups.setdefault((entry.row.arm, finding.severity, finding.kind), []).append((entry, finding))
-        rows = [_finding_row(group) for group in groups.values()]
-        return sorted(
-            rows,
+        rows = sorted(
+            (_finding_row(group) for group in groups.values()),
             key=lambda row: (
                 self.labels.index(row.arm), SEVERITIES.index(row.severity), -row.first, -row.runs, KINDS.index(row.kind)
             ),
         )  # fmt: skip
+        given: set[tuple[str, str]] = set()
+        for row in rows:
+            if (row.arm, row.advice) in given:
+                row.advice = ""
+            given.add((row.arm, row.advice))
+        return rows
 
     @cached_property
     def findings_sentence(self) -> str:
@@ -565,7 +570,8 @@ class FindingRow(msgspec.Struct, kw_only=True):
         first: In how many it is the first finding: for an error, the root cause.
         steps: Earliest and latest step at which it was first seen.
         lr0: Lowest and highest learning rate of these runs.
-        example: The run at the lowest rate, which the advice is for.
+        example: The run at the lowest rate.
+        advice: For that run; empty where an earlier row of the arm gives the same.
     """
 
     arm: str
