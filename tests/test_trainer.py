@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import msgspec
 import numpy as np
@@ -29,7 +29,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_gradstab import read_run, trainer_for
 from yolo_gradstab.config import ConfigError
-from yolo_gradstab.guard import find_divergences
+from yolo_gradstab.guard import UnrestKind, find_divergences
 from yolo_gradstab.incident import read_incident
 from yolo_gradstab.replay import replay
 from yolo_gradstab.runs import RunFolder
@@ -606,14 +606,20 @@ def test_after_the_last_rollback_the_run_stops_with_good_weights(drawn: dict[str
 
 
 def test_a_rate_that_loses_stock_is_survived(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
-    """A real collapse, at a rate of 1.0: with a factor of a tenth the run goes back, and lives."""
-    cls = trainer_for("detect", {"guard.backoff": 0.1})
+    """A rate of 1.0 collapses for real; the first abrupt growth is enough to go back and be lowered for good."""
+    cls = trainer_for("detect")
     train(cls, drawn["detect"].arguments(tmp_path, name="run", epochs=20, lr0=1.0, warmup_epochs=1, val=False))
     run = read_run(tmp_path / "run")
     assert run.status.outcome == "completed"
-    assert any(event["event"] == "rollback" for event in run.events)
+    back = [event for event in run.events if event["event"] == "rollback"]
+    assert back[0]["kind"] in get_args(UnrestKind)
+    assert (back[0]["step"] < 10, back[0]["to_step"]) == (True, 0)
+    assert back[0]["lr_factor"] < 0.25  # more than one backoff, since the updates were many times too large
+    assert not [event for event in run.events if event["event"] == "divergence"]
     assert run.steps["loss"][-1] > 0.05 * run.steps["loss"][0]  # it ended below 0.05 where nothing went back
     assert run.layers["weight_norm"].is_finite().all()
+    first = run.diagnose()[0]
+    assert (first.kind, first.severity) == ("lr_too_high", "warning")
 
 
 def test_a_guard_that_finds_nothing_changes_nothing(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
