@@ -193,8 +193,8 @@ def test_abrupt_growth_is_unrest_and_slow_growth_is_none() -> None:
 
 
 def test_variances_and_updates_are_looked_at_too() -> None:
-    assert looks([1] * 3, [1, 49, 51]) == [None, None, "running_var None 51"]
-    assert looks([1] * 4, [1, 7, 49, 357]) == [None, None, None, "running_var None 51"]  # against 7
+    assert looks([1] * 3, [1, 69, 71]) == [None, None, "running_var None 71"]
+    assert looks([1] * 4, [1, 7, 49, 497]) == [None, None, None, "running_var None 71"]  # against 7
     assert looks([1] * 3, [0.001, 0.01, 1]) == [None] * 3  # below where variances start, nothing is abrupt
     assert looks([1] * 2, ratio=0.31) == ["update_ratio None 0.31"] * 2
     assert looks([1] * 2, ratio=0.29) == [None] * 2
