@@ -69,8 +69,8 @@ LOOK_EVERY = 5  # steps between looks at the model itself
 EARLY_STEPS = 20  # that are looked at one by one: a rate that is far too high destroys a model in two or three
 UNREST_STEPS = 10  # at most, between the two looks that are compared
 # Of 30 runs (tiny YOLO26, drawn detect and pose sets, stock's clip, SGD, MuSGD and AdamW from 0.01 to 1.0, one seed),
-# each optimizer's best grew a variance at most 21 times within ten early steps, others that learned at most 38 times, or
-# 52 without a clip. Of 14 that went beyond 70 times, weights 4 times or an update of 0.3, 12 were lost; their largest
+# each optimizer's best grew a variance at most 21 times within ten early steps, others that learned at most 38 times
+# (52 without a clip). Of 14 that went beyond 70 times, weights 4 times or an update of 0.3, 12 were lost; their largest
 # update over weight was 0.07 to 0.6 by then, that of the best 0.013 to 0.036 with SGD and MuSGD.
 UNREST_GROWTH = 4.0
 UNREST_VARIANCE = 70.0
