@@ -199,7 +199,8 @@ def test_a_spike_that_healed_is_noted(tmp_path: Path) -> None:
         ({"clip": "agc", "clip.exclude": ["bias"]}, {}, "agc 0.01 exclude bias"),
         ({"update_clip": 0.03}, {"update_clip": 0.03}, "norm 10 + update_clip 0.03"),
         ({"update_clip": {"max_ratio": 0.1, "follow_lr": False}}, {}, "norm 10 + update_clip 0.1 constant"),
-        ({}, {"optimizer": "AdamW", "guard.nonfinite": "stop"}, "norm 10, optimizer AdamW, guard.nonfinite stop"),
+        ({}, {"optimizer": "AdamW", "guard.nonfinite": "stop"}, "AdamW, norm 10, guard.nonfinite stop"),
+        ({}, {"optimizer": "SGD", "guard.divergence": "off"}, "SGD, norm 10, guard off"),
     ],
 )
 def test_arm_labels(config: dict, arm: dict, label: str) -> None:

@@ -233,7 +233,10 @@ def arm_label(config: dict[str, Any], arm: dict[str, Any]) -> str:
         label += f" + update_clip {_short(bound['max_ratio'])}"
         label += "" if bound.get("follow_lr", True) else " constant"
     others = {key: value for key, value in arm.items() if key.partition(".")[0] not in {"clip", "update_clip"}}
-    return label + "".join(f", {key} {_short(value)}" for key, value in others.items())
+    if optimizer := others.pop("optimizer", None):
+        label = f"{optimizer}, {label}"
+    names = {"guard.divergence": "guard"}
+    return label + "".join(f", {names.get(key, key)} {_short(value)}" for key, value in others.items())
 
 
 def _clip_label(clip: dict[str, Any]) -> str:
