@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import DrawnSet
+from ultralytics.utils import LOGGER
 
 from yolo_gradstab import read_run
 from yolo_gradstab.cli import main
@@ -103,7 +104,11 @@ def arguments(drawn: DrawnSet, folder: Path, **more: Any) -> dict[str, Any]:
     }
 
 
-def test_a_real_model_is_broken_and_all_is_left_as_found(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+def test_a_real_model_is_broken_and_all_is_left_as_found(
+    drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(LOGGER, "info", said.append)
     random.seed(5)
     np.random.seed(6)  # noqa: NPY002  # the global one, which must be left alone
     torch.manual_seed(7)
@@ -115,6 +120,8 @@ def test_a_real_model_is_broken_and_all_is_left_as_found(drawn: dict[str, DrawnS
     assert 0.1 < result.lr_div < 10.0
     assert "nothing is matched" in result.how or "their start" in result.how  # collapse: the loss only falls
     assert len(result.lr) < 60
+    assert said
+    assert not any("yolo-gradstab diagnose" in line for line in said)  # to be lost is what it is for
     assert (random.getstate(), np.random.get_state()[1].tolist()) == before[:2]  # noqa: NPY002
     assert torch.equal(torch.get_rng_state(), before[2])
     assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic) == deterministic
