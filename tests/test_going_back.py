@@ -68,10 +68,10 @@ def test_under_fp16_the_scale_goes_back_too_and_the_mosaic_stays_closed(
     assert mosaics == [1] * 8 + [0] * 12
 
 
-def test_under_bf16_with_accumulation(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+def test_under_bf16_with_accumulation_and_adamw(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     cls = blowing_up(trainer_for("detect"), 12)
     arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=7, nbs=8, warmup_epochs=0, val=False)
-    train(cls, arguments, on_train_start=in_bfloat16)
+    train(cls, arguments | {"optimizer": "AdamW", "lr0": 0.001}, on_train_start=in_bfloat16)
     assert_same_state(cls.after[12], cls.after[-1])  # type: ignore[attr-defined]
     run = read_run(tmp_path / "run")
     assert (run.status.outcome, rollbacks(tmp_path / "run")) == ("completed", [(12, 0)])

@@ -50,6 +50,13 @@ def test_training_from_a_restored_state_is_training_from_that_state(optimizer: s
     assert snapshot.others == {"history": [1.0]}
 
 
+def test_its_size_is_that_of_its_tensors() -> None:
+    model, optim = network("SGD")
+    steps(model, optim, 1, seed=1)
+    # 4 x 3 x 3 x 3 + 4, 4 + 4 and 2 x 4 + 2 weights, each with a momentum; running mean, variance and an int64 count
+    assert take(1, model, optim).num_bytes == 4 * (2 * (112 + 8 + 10) + 8) + 8
+
+
 def test_rates_stay_those_of_the_schedule() -> None:
     model, optim = network("SGD")
     snapshot = take(0, model, optim)
