@@ -174,11 +174,13 @@ def test_real_runs_that_collapsed_are_found_early_and_no_other_is() -> None:
 # Early warnings
 
 
-def looks(norms: list[float], variances: list[float] | None = None, ratio: float | None = None) -> list[str | None]:
-    """What each look finds, five steps apart, so that it is compared with the one before the last."""
+def looks(
+    norms: list[float], variances: list[float] | None = None, ratio: float | None = None, every: int = 5
+) -> list[str | None]:
+    """What each look finds, so many steps apart."""
     watch = HealthWatch()
     found = [
-        watch.look(5 * i, weight_norms={"model.0": 1.0, "model.1": norm}, running_var=variance, update_ratio=ratio)
+        watch.look(every * i, weight_norms={"model.0": 1.0, "model.1": norm}, running_var=variance, update_ratio=ratio)
         for i, (norm, variance) in enumerate(zip(norms, variances or [1.0] * len(norms), strict=True))
     ]
     return [unrest and f"{unrest.kind} {unrest.layer} {unrest.value:.3g}" for unrest in found]
@@ -188,6 +190,10 @@ def test_abrupt_growth_is_unrest_and_slow_growth_is_none() -> None:
     # recorded (drawn set, SGD, stock's clip), a stage's weights every five steps: lr0 1.0 is lost, 0.1 is kept
     assert looks([1, 1.19, 2.7, 5.43]) == [None] * 3 + ["weight_growth model.1 4.56"]
     assert looks([1, 1.01, 1.06, 1.24, 1.52, 1.9, 2.23]) == [None] * 7
+    # blood cells, a longer warm-up, every ten steps: 0.3 is lost, 0.1 is kept
+    lost, kept = [1, 1.04, 1.38, 1.74, 4.01, 8.31], [1, 1.01, 1.03, 1.17, 1.56, 1.95, 2.25, 2.46, 2.6]
+    assert [found and found.split()[2] for found in looks(lost, every=10)] == [None] * 5 + ["7.99"]  # 8.31 / 1.04
+    assert looks(kept, every=10) == [None] * 9
     assert looks([2.1**i for i in range(4)])[2:] == ["weight_growth model.1 4.41"] * 2
     assert looks([1.05**i for i in range(200)]) == [None] * 200
 
