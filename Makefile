@@ -6,7 +6,7 @@ BIN := .venv/bin
 export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 
-.PHONY: demo test test-slow test-gpu lint bench gpu clean
+.PHONY: demo test test-slow test-gpu faults lint bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/yolo-gradstab demo
@@ -19,6 +19,10 @@ test-slow: .venv/ready
 
 test-gpu: .venv/ready
 	$(BIN)/pytest -m gpu
+
+# Faults injected into small real runs: does the first finding name them? About ten minutes on 2 cores.
+faults: .venv/ready
+	cd tests && ../$(BIN)/python -m faults.run jobs=2
 
 lint: .venv/ready
 	$(BIN)/ruff format --check .

@@ -19,13 +19,13 @@ MODELS = ROOT / "configs" / "models"
 class DrawnSet:
     """A drawn set in COCO form, and the same labels in YOLO form for the stock trainer."""
 
-    def __init__(self, folder: Path, task: str) -> None:
+    def __init__(self, folder: Path, task: str, *, images: int = 24, size: int = 64) -> None:
         from yolo_gradstab.coco.conversion import convert_coco
         from yolo_gradstab.coco.dataset import read_data_yaml
         from yolo_gradstab.coco.sample import draw_sample
 
         self.task = task
-        self.coco = draw_sample(folder, task=task, images=24, size=64)
+        self.coco = draw_sample(folder, task=task, images=images, size=size)
         kind = "person_keypoints" if task == "pose" else "instances"
         for split in ("train", "val"):
             json_file = folder / "annotations" / f"{kind}_{split}.json"

@@ -136,7 +136,11 @@ CASES: dict[str, tuple[Records, str, list[Records]]] = {
     "bad_images": (
         run(incidents=[incident(images=[NAN_IMAGE, BAD_BOX])], events=[skip()], columns=spoiled(30)),
         "error",
-        [run(incidents=[incident(images=[{"path": "good.jpg", "max": 1.0}])], events=[skip()])],
+        [
+            run(incidents=[incident(images=[{"path": "good.jpg", "max": 1.0}])], events=[skip()]),
+            # a user's own range explains nothing
+            run(incidents=[incident(images=[{"path": "a.jpg", "min": -2.7, "max": 3.1, "bad_pixels": True}])]),
+        ],
     ),
     "bad_labels": (
         run(incidents=[incident(images=[BAD_BOX], first_bad=bad("loss"))], events=[skip()], columns=spoiled(30)),
@@ -377,6 +381,37 @@ def test_a_run_that_was_saved_has_warnings_that_still_name_the_cause() -> None:
 
 
 # Single rules --------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_noticed_in_a_batch_before_any_trouble_explains_only_a_loss_that_it_hurt() -> None:
+    wrong = incident(30, "input", images=[BAD_BOX])
+    assert [f.severity for f in diagnose(run(incidents=[wrong | {"loss": 150.0}]))] == ["warning"]
+    unhurt, hurt = (lost("blowup", incidents=[wrong | {"loss": loss}]) for loss in (250.0, 5e3))
+    assert kinds(unhurt, "error")[0] == "loss_blowup"
+    assert "bad_labels" in kinds(unhurt, "warning")
+    assert kinds(hurt, "error")[:2] == ["bad_labels", "loss_blowup"]
+    pixels = incident(0, "input", images=[{"path": "a.jpg", "min": 0.0, "max": 255.0, "bad_pixels": True}])
+    assert kinds(run(incidents=[pixels])) == ["bad_images"]
+    assert kinds(lost(**HOT, incidents=[pixels]))[:2] == ["lr_too_high", "silent_collapse"]
+
+
+def test_an_operation_between_modules_can_be_at_fault() -> None:
+    where = {"where": "forward", "note": "in an operation between modules, before model.5.conv"}
+    first = diagnose(run(incidents=[incident(first_bad=where)], events=[skip()], columns=spoiled(30)))[0]
+    assert (first.kind, first.where) == ("module_fault", where["note"])
+    assert first.message == "an operation between modules turns sound values into NaN or inf"
+
+
+@pytest.mark.parametrize("where", ["forward", "loss", "backward"])
+def test_values_that_overflow_at_the_very_first_step_have_exploded(where: str) -> None:
+    def first(step: int, largest: float) -> Finding:
+        kept = incident(step, first_bad=bad(where, input_max=largest))
+        return diagnose(run(incidents=[kept], events=[skip(step)], columns=spoiled(step)))[0]
+
+    assert first(0, 1e28).kind == "exploding"
+    assert first(0, 1e28).where == "model.6.m.0"
+    assert first(0, 8.0).kind != "exploding"
+    assert first(30, 1e28).kind != "exploding"  # weights may have grown by then
 
 
 @pytest.mark.parametrize(
@@ -627,7 +662,7 @@ def test_the_least_that_is_needed_to_say_something() -> None:
     tensors = [{"name": f"model.{i}.conv.weight", "scale": 1e3} for i in range(7)]
     assert (the("bad_init", run(events=[INIT | {"tensors": tensors}])).where or "").endswith(" and 2 more")
     huge = the("bad_images", run(incidents=[incident(90, "spike", images=[HUGE_IMAGE])]))
-    assert huge.evidence["largest pixel"] == Measured(3e6, 10.0)
+    assert huge.evidence["largest pixel"] == Measured(3e6, 100.0)
 
 
 def test_the_effective_rate_of_clipped_steps_by_hand() -> None:

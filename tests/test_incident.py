@@ -26,7 +26,15 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.nn.tasks import DetectionModel, PoseModel, parse_model
 
 from yolo_gradstab import cli, incident, replay
-from yolo_gradstab.incident import Incident, IncidentError, capture, image_notes, images_of, read_incident
+from yolo_gradstab.incident import (
+    Incident,
+    IncidentError,
+    capture,
+    image_notes,
+    images_of,
+    labels_are_sound,
+    read_incident,
+)
 from yolo_gradstab.localisation import FirstBad, first_bad_words, localise, same_place
 
 NAN, INF = math.nan, math.inf
@@ -573,6 +581,7 @@ def one_label(**changes: Any) -> dict[str, Any]:
 def test_a_bad_label_is_named(changes: dict[str, Any], problem: str) -> None:
     (note,) = image_notes(one_label(**changes), paths=["a.jpg"], num_classes=3)
     assert (note.problems, note.bad_labels, note.bad_pixels) == ([problem], True, False)
+    assert not labels_are_sound(one_label(**changes), num_classes=3)
 
 
 @pytest.mark.parametrize(
@@ -594,6 +603,26 @@ def test_a_bad_label_is_named(changes: dict[str, Any], problem: str) -> None:
 def test_a_sound_label_is_not_named(changes: dict[str, Any]) -> None:
     (note,) = image_notes(one_label(**changes), num_classes=3)
     assert (note.path, note.problems, note.bad_labels, note.bad_pixels) == ("?", [], False, False)
+    assert labels_are_sound({name: torch.as_tensor(value) for name, value in one_label(**changes).items()})
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_the_quick_look_at_labels_says_what_the_long_one_says(seed: int) -> None:
+    """Labels near every border, of three images, a few spoilt."""
+    rng = np.random.default_rng(seed)
+    number = 6
+    arrays = {
+        "img": np.zeros((3, 3, 2, 2), np.float32),
+        "batch_idx": rng.integers(0, 3, number).astype(float),
+        "cls": rng.integers(0, 3, (number, 1)).astype(float),
+        "bboxes": np.hstack([rng.uniform(-0.2, 1.2, (number, 2)), rng.uniform(0.2, 1.0, (number, 2))]),
+        "keypoints": np.dstack([rng.uniform(0, 1, (number, 2, 2)), rng.integers(0, 3, (number, 2, 1))]),
+    }
+    spoilt = ["bboxes", "keypoints", "cls"][seed % 3]
+    where = tuple(rng.integers(0, size) for size in arrays[spoilt].shape)
+    arrays[spoilt][where] = rng.choice([NAN, INF, -1.0, 0.0, 0.5, 1.0005, 1.002, 1.02, 3.0])
+    notes = image_notes(arrays, num_classes=3)
+    assert labels_are_sound(arrays, num_classes=3) == (not any(note.bad_labels for note in notes))
 
 
 def test_bad_pixels_are_counted_and_their_range_given() -> None:

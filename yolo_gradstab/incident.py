@@ -52,6 +52,7 @@ __all__ = [
     "capture",
     "image_notes",
     "images_of",
+    "labels_are_sound",
     "one_line",
     "read_incident",
     "read_json",
@@ -152,7 +153,7 @@ class Incident(msgspec.Struct, kw_only=True):
 
     Attributes:
         step, epoch, batch: As in the step records.
-        reason: Of the skip, the kind of divergence, or ``spike``.
+        reason: Of the skip, the kind of divergence, ``spike``, or ``input`` for what was noticed before any trouble.
         task: Of the model.
         loss, losses: Of the step, as the trainer summed them; null where not finite.
         total_norm: Of the gradient before clipping.
@@ -290,7 +291,7 @@ def capture(
             first of these that shows it.
         losses: Components as the trainer has them.
         step, epoch, batch: As in the step records.
-        reason: Of the skip, the kind of divergence, or ``spike``.
+        reason: As `Incident` has it.
         task: The host's.
         total_norm: Of the gradient before clipping.
         grads: Norm of each gradient tensor by parameter name, in forward order.
@@ -530,6 +531,30 @@ def image_notes(
             )
         )
     return notes
+
+
+def labels_are_sound(batch: Mapping[str, Any], *, num_classes: int | None = None) -> bool:
+    """Whether `image_notes` would find nothing wrong with the labels; quick, since every batch is asked.
+
+    Args:
+        batch: ``cls``, ``bboxes`` and ``keypoints`` as there, arrays or tensors; on an accelerator they are believed.
+        num_classes: Of the model.
+    """
+    here = {name: value for name, value in batch.items() if str(getattr(value, "device", "cpu")) == "cpu"}
+    boxes, classes, points = (np.asarray(here.get(name, ())) for name in ("bboxes", "cls", "keypoints"))
+    wrong = (classes < 0) | (classes >= (num_classes or math.inf)) | (classes != np.rint(classes))
+    if wrong.any():  # NaN is, too
+        return False
+    if boxes.ndim == 2 and boxes.shape[1] == 4:
+        centre, size = boxes[:, :2], boxes[:, 2:]
+        inside = (centre + size / 2 > 0) & (centre - size / 2 < 1)
+        if not (np.isfinite(boxes).all() and (inside & (size > 0) & (size <= 1 + BOX_MARGIN)).all()):
+            return False
+    if points.ndim == 3 and points.shape[-1] > 2:
+        seen = points[points[..., 2] > 0, :2]
+        off = (seen < -KEYPOINT_MARGIN) | (seen > 1 + KEYPOINT_MARGIN)
+        return bool(np.isfinite(points).all() and not off.any())
+    return bool(np.isfinite(points).all())
 
 
 def _label_problems(labels: Mapping[str, npt.NDArray[Any]], num_classes: int | None) -> list[str]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
 __all__ = [
+    "HUGE_PIXEL",
     "FirstBad",
     "first_bad_words",
     "listed",
@@ -33,7 +34,9 @@ __all__ = [
     "unwrapped",
 ]
 
-HUGE_PIXEL = 100.0  # above which the images themselves are where it went bad: also images left at 0..255
+# Above which the images themselves are where it went bad: 0 to 1 is normal, standardised images of little contrast
+# reach 20, and images left at 0..255 are beyond.
+HUGE_PIXEL = 100.0
 AMPLIFIED = 100.0  # largest value out over largest in, against the median of the modules of that type
 AMPLIFIED_MIN = 1e3  # the least output that counts: BatchNorm lifts a near-zero input to about 1, soundly
 AMPLIFIED_MODULES = 3  # of a type, below which its median says nothing
@@ -129,7 +132,7 @@ def localise(
         if found is not None:
             return found
         if not _all_finite(preds):
-            return FirstBad(where="forward", note="in an operation between modules")
+            return FirstBad(where="forward", note=f"in an operation between modules{trace.where_it_went()}")
         loss, items = whole.loss(dict(batch), preds)
         found = trace.first_nonfinite() or _bad_loss(whole, batch, preds, loss, items)  # a loss may call modules too
         if found is not None:
@@ -257,6 +260,11 @@ class _Trace:
                     note=_nonfinite_weights_note(one.module),
                 )
         return None
+
+    def where_it_went(self) -> str:
+        """The first module that was given what is not finite, for a note."""
+        fed = next((one.name for one, (fine, _), _ in self._read() if not fine), None)
+        return f", before {fed}" if fed else ""
 
     def first_amplified(self, *, component: str | None) -> FirstBad | None:
         ratios: dict[type, list[float]] = {}

@@ -50,8 +50,10 @@ from yolo_gradstab.guard import (
     SpikeWatch,
     Unrest,
     is_look,
+    matched_loss,
 )
-from yolo_gradstab.incident import capture, one_line
+from yolo_gradstab.incident import capture, labels_are_sound, one_line
+from yolo_gradstab.localisation import HUGE_PIXEL
 from yolo_gradstab.norms import (
     FLOAT32_NORM_LIMIT,
     GradientNorms,
@@ -73,6 +75,7 @@ MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 
 DEAD_STEPS = 50  # in a row without any gradient, after which a tensor is said to be dead
 USUAL_SCALE = (0.001, 100.0)  # of a weight at the start, over PyTorch's own; the host's pose head has some at 0.004
+USUAL_MEDIAN = (0.1, 10.0)  # of all weights: that of the host's models is 1, of other usual initialisations 0.4 to 3
 
 STATE_KEY = "gradstab"  # of our state, inside the checkpoint's optimizer state
 
@@ -197,6 +200,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._micro_batches: list[dict[str, Any]] = []  # micro-batches since the last optimizer step, as they went in
         self._trouble: str | None = None  # of this step, worth an incident
         self._was_troubled = False
+        self._matched_loss: float | None = None  # of this step, as `guard.matched_loss` has it
+        self._unsound: list[dict[str, Any]] = []  # micro-batches of this step whose images or labels cannot be right
+        self._of_floats: list[dict[str, Any]] = []  # those whose images did not come as bytes
+        self._input_kept = False
         self._bounds: list[float] = []  # of the parameter groups, as last uploaded
         self._batch_in_epoch = 0
         self._batch_images = 0
@@ -280,7 +287,11 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The host's, counting images: this runs once per micro-batch, after warm-up has set `accumulate`."""
+        sound = labels_are_sound(batch, num_classes=self.data.get("nc"))  # on the host still
+        is_bytes = batch["img"].dtype == torch.uint8
         batch = super().preprocess_batch(batch)
+        self._unsound += [] if sound else [batch]
+        self._of_floats += [] if is_bytes else [batch]
         self._batch_in_epoch += 1
         self._batch_images = len(batch["img"])
         self._micro_batches.append(batch)
@@ -311,7 +322,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         # An fp16 scaler leaves out a step that overflowed, whatever the guard was told.
         overflowed = not sound and self.scaler.is_enabled() and bool(measured.nonfinite().any())
         left_out = skipped or overflowed
-        self._judge(self._watch.add(self._step, loss=loss, total_norm=total_norm, skipped=left_out))
+        found = self._watch.add(
+            self._step, loss=loss, total_norm=total_norm, skipped=left_out, matched_loss=self._matched_loss
+        )
+        self._judge(found)
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
         self._keep_incident(measured, having, total_norm=total_norm, loss=loss)
         # A step that shows the run to be lost is not made either: its weights will be taken back.
@@ -376,9 +390,22 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             if look is not None:
                 torch.distributed.all_reduce(look, torch.distributed.ReduceOp.MAX)
         loss = torch.as_tensor(self._accumulated.loss, device=total_norm.device).detach()
-        values = torch.stack([total_norm, loss.to(total_norm.dtype) / self._accumulated.images])
-        norm, mean_loss, *looked = values.tolist() if look is None else torch.cat([values, look.to(values)]).tolist()
-        self._look = None
+        # Bytes that the host has scaled are in range; now and then they are looked through too, if a user scales them.
+        scanned = self._micro_batches if is_look(self._step) else self._of_floats
+        extremes = [torch.stack(torch.aminmax(batch["img"])) for batch in scanned]
+        pixels = torch.cat(extremes).abs().amax() if extremes else torch.zeros_like(total_norm)
+        matched = matched_loss(self._accumulated.items)
+        empty = self.world_size == 1 and not any(len(batch.get("bboxes", ())) for batch in self._micro_batches)
+        if matched is None or empty:  # not known, or nothing was to be matched
+            matched = torch.full_like(loss, -1.0)
+        means = torch.stack([loss.to(total_norm.dtype), matched.to(total_norm)]) / self._accumulated.images
+        values = torch.cat([total_norm[None], means, pixels.to(total_norm)[None]])
+        if look is not None:
+            values = torch.cat([values, look.to(values)])
+        norm, mean_loss, known_matched, largest, *looked = values.tolist()
+        self._look, self._matched_loss = None, None if known_matched < 0 else known_matched
+        if not largest <= HUGE_PIXEL:
+            self._unsound += [batch for batch in scanned if not batch["img"].abs().amax() <= HUGE_PIXEL]
         if looked:
             self._judge_model(looked)
         return norm, mean_loss
@@ -430,10 +457,12 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             name: norm / math.sqrt(weight.numel()) * math.sqrt(3 * weight[0].numel())
             for (name, weight), norm in zip(weights, norms, strict=True)
         }
-        least, most = USUAL_SCALE
+        middle = float(np.median(list(scales.values())))
+        least, most = USUAL_SCALE if USUAL_MEDIAN[0] <= middle <= USUAL_MEDIAN[1] else USUAL_MEDIAN
         off = [{"name": name, "scale": scale} for name, scale in scales.items() if scale and not least <= scale <= most]
         if off and self._run:
-            self._run.append_event({"event": "init", "step": 0, "num_tensors": len(off), "tensors": off})
+            event = {"event": "init", "step": 0, "num_tensors": len(off), "tensors": off, "usual": [least, most]}
+            self._run.append_event(event)
 
     def _keep_incident(self, measured: GradientNorms, having: list[int], *, total_norm: float, loss: float) -> None:
         """At the first step of a trouble, keep the batch and find where it first goes bad; weights are untouched yet.
@@ -441,7 +470,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         In one process only: a rank that runs the model alone would wait for the others where they share BatchNorm.
         """
         reason, is_first = self._trouble, not self._was_troubled
+        unsound, self._unsound = self._unsound, []
         self._trouble, self._was_troubled = None, reason is not None
+        if unsound and not self._input_kept:  # once a run, before any trouble that they may make
+            reason, is_first, self._input_kept = reason or "input", True, True
         if reason is None or not is_first or self._run is None or self.world_size > 1:
             return
         folder = self._run.gradstab / "incidents"
@@ -452,7 +484,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         capture(
             folder / str(self._step),
             model=self.model,
-            batches=self._micro_batches,
+            batches=unsound if reason == "input" else self._micro_batches,
             losses={name: float(value) for name, value in self.loss_items.items()},
             step=self._step,
             epoch=self.epoch,
@@ -691,7 +723,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     ) -> None:
         """Keep this step's values, still on the device; read them when it is time."""
         done, self._accumulated = self._accumulated, _Accumulated()
-        self._micro_batches = []
+        self._micro_batches, self._of_floats = [], []
         step, self._step = self._step, self._step + 1
         self._count_zeros(measured, having)
         looks, records = is_look(step), step % self._config.telemetry.layers_every == 0
@@ -832,7 +864,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _start_epoch(self) -> None:
         if self.epoch == self._epoch_seen:  # out of memory or NaN: the host starts this epoch again, gradients dropped
             self._attempt += 1
-            self._accumulated, self._micro_batches = _Accumulated(), []
+            self._accumulated, self._micro_batches, self._unsound, self._of_floats = _Accumulated(), [], [], []
             self._last_step_batch, self._aligning, self._nominal_accumulate = -1, False, None
         self._epoch_seen, self._batch_in_epoch = self.epoch, 0
         self._epoch_rows = []

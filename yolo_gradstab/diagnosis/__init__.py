@@ -74,6 +74,8 @@ def last_words(records: Records, run: str | Path) -> str:
 
 def _place(finding: Finding, trouble_step: float) -> tuple[int, int, int, int, int]:
     step = -1 if finding.step is None else finding.step
+    if finding.severity == "info" and finding.kind == "dead_layer":  # expected: the least of all
+        return SEVERITIES.index("info"), False, len(KINDS), step, KINDS.index("dead_layer")
     is_symptom = finding.kind in SYMPTOMS
     # Once a run is lost anything can be found in it: what was seen only later did not cause it.
     is_late = not is_symptom and finding.kind in DATA_CAUSES and step > trouble_step

@@ -8,19 +8,20 @@ from yolo_gradstab.diagnosis.case import Case
 from yolo_gradstab.diagnosis.finding import MOST_NAMED, Finding, Measured, Severity
 from yolo_gradstab.diagnosis.rate import is_hot
 from yolo_gradstab.incident import ImageNote, Incident
-from yolo_gradstab.localisation import FirstBad, listed
+from yolo_gradstab.localisation import HUGE_PIXEL, FirstBad, listed
 
-__all__ = ["bad_images", "bad_labels", "module_fault"]
+__all__ = ["SANE_INPUT", "bad_images", "bad_labels", "module_fault"]
 
 LEAST_SANE_INPUT = 1e3  # largest value in half precision that explains no overflow
 SANE_INPUT = 1e6  # the same in single precision
 AMPLIFIED = 1e3  # largest value out of a module over that into it
-HUGE_PIXEL = 10.0  # healthy ones lie from 0 to 1
+HURTS = 3.0  # times the usual loss, of a batch that explains what came of it
+AT_ONCE = 5  # steps until a trouble that it explains whatever its loss was: the model is looked at so often
 
 
 def bad_images(case: Case) -> Iterator[Finding]:
     """Pixels that are not numbers, or far from where pixels lie."""
-    captured = [(incident, _with(incident, "bad_pixels")) for incident in case.records.incidents]
+    captured = [(incident, _bad_pixels(incident)) for incident in case.records.incidents]
     captured = [(incident, images) for incident, images in captured if images]
     if not captured:
         return
@@ -45,7 +46,7 @@ def bad_images(case: Case) -> Iterator[Finding]:
 
 def bad_labels(case: Case) -> Iterator[Finding]:
     """Labels that explain the trouble: they enter at the loss, so not what went bad in the forward pass."""
-    captured = [(incident, _with(incident, "bad_labels")) for incident in case.records.incidents]
+    captured = [(incident, _bad_labels(incident)) for incident in case.records.incidents]
     captured = [(incident, images) for incident, images in captured if images and not _explained(case, incident)]
     if not captured:
         return
@@ -75,11 +76,11 @@ def module_fault(case: Case) -> Iterator[Finding]:
     """A module that turns sound values into ones that are not, with sound weights."""
     for incident in case.records.incidents:
         first = incident.first_bad
-        if first is None or first.where not in {"forward", "backward"} or not (first.module or first.type):
+        if first is None or first.where not in {"forward", "backward"}:
             continue
-        if _with(incident, "bad_pixels") or incident.nonfinite_weights:
+        if _bad_pixels(incident) or incident.nonfinite_weights:
             continue
-        if first.where == "backward" and _with(incident, "bad_labels"):
+        if first.where == "backward" and (_bad_labels(incident) or not (first.module or first.type)):
             continue  # from the loss, which the labels reach first
         sane = LEAST_SANE_INPUT if incident.reason == "scaler_overflow" else SANE_INPUT
         ratio = _ratio(first.output_max, first.input_max)
@@ -99,7 +100,7 @@ def module_fault(case: Case) -> Iterator[Finding]:
             severity="error" if first.what == "nonfinite" else case.severity,
             message=f"{_module_name(first)} turns {did}{pass_}",
             step=incident.step,
-            where=first.module or first.type,
+            where=first.module or first.type or first.note,
             evidence=evidence | ({"note": Measured(first.note)} if first.note else {}),
             advice=f"Repair this module in the model that {case.model} names.",
         )
@@ -108,18 +109,33 @@ def module_fault(case: Case) -> Iterator[Finding]:
 
 def _module_name(first: FirstBad) -> str:
     if first.module is None:
-        return f"the operation {first.type} between modules"
+        return f"the operation {first.type} between modules" if first.type else "an operation between modules"
     return f"the module {first.module} ({first.type or 'of unknown type'})"
 
 
 def _severity_of(case: Case, incident: Incident) -> Severity:
-    """Of what a batch holds: a spike that healed is none."""
-    healed = incident.reason == "spike" and (case.recovered or not case.troubled)
-    return "warning" if healed else "error"
+    """Of what a batch holds: a spike that healed is no error, nor is what was only noticed and did no harm."""
+    if incident.reason == "spike":
+        return case.severity
+    if incident.reason == "input":
+        usual = case.loss_around(incident.step)
+        hurts = incident.loss is None or (usual is not None and incident.loss > HURTS * usual)
+        hurts = hurts or 0 <= case.trouble_step - incident.step <= AT_ONCE
+        return case.severity if hurts else "warning"
+    return "error"
 
 
-def _with(incident: Incident, flag: str) -> list[ImageNote]:
-    return [image for image in incident.images if getattr(image, flag)]
+def _bad_pixels(incident: Incident) -> list[ImageNote]:
+    """Images that explain something: a user's own range, as of standardised images, is not wrong."""
+    return [
+        image
+        for image in incident.images
+        if image.nonfinite or max(abs(image.min or 0.0), abs(image.max or 0.0)) > HUGE_PIXEL
+    ]
+
+
+def _bad_labels(incident: Incident) -> list[ImageNote]:
+    return [image for image in incident.images if image.bad_labels]
 
 
 def _paths(images: list[ImageNote]) -> str:

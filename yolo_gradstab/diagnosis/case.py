@@ -142,7 +142,7 @@ class Case:
     def divergences(self) -> list[Divergence]:
         """What the trainer saw, and what the records show, each kind once, in order."""
         found = [_divergence(event) for event in self.events("divergence", "rollback") if event not in self.calmings]
-        found += find_divergences(self.steps, self.layers, map50=self.map50)
+        found += find_divergences(self._kept(self.steps), self._kept(self.layers), map50=self.map50)
         reason = self.status.reason or ""
         if self.status.divergence or (self.status.outcome == "failed" and "NaN" in reason):  # the host's own words
             kind = self.status.divergence or "nonfinite"
@@ -152,6 +152,13 @@ class Case:
         for divergence in sorted(found, key=lambda divergence: divergence.step):
             first.setdefault(divergence.kind, divergence)
         return list(first.values())
+
+    def _kept(self, table: pl.DataFrame) -> pl.DataFrame:
+        """Without the steps that were taken back, which the run did not come from."""
+        for event in self.events("rollback"):
+            taken_back = pl.col("step").is_between(event.get("to_step", step_of(event) + 1), step_of(event))
+            table = table.filter(~taken_back)
+        return table
 
     @cached_property
     def calmings(self) -> list[dict[str, Any]]:
@@ -190,6 +197,11 @@ class Case:
         """Median of the first finite ones."""
         known = self.loss[np.isfinite(self.loss) & ~self.skipped][:FIRST_STEPS]
         return float(np.median(known)) if len(known) else None
+
+    def loss_around(self, step: int) -> float | None:
+        """Median of the finite ones of the steps before and after, without it."""
+        near = (np.abs(self.step - step) <= WINDOW) & (self.step != step) & np.isfinite(self.loss) & ~self.skipped
+        return float(np.median(self.loss[near])) if near.any() else None
 
     # The rate --------------------------------------------------------------------------------------------------------
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import polars as pl
 
+from yolo_gradstab.diagnosis.batch import SANE_INPUT
 from yolo_gradstab.diagnosis.case import Case, finite, stage_of, step_of
 from yolo_gradstab.diagnosis.finding import MOST_NAMED, Finding, Kind, Measured, counted
-from yolo_gradstab.localisation import listed
+from yolo_gradstab.localisation import FirstBad, listed
 
 __all__ = ["bad_init", "dead_layer", "depth"]
 
@@ -31,6 +32,7 @@ def bad_init(case: Case) -> Iterator[Finding]:
         tensors = [tensor for tensor in event.get("tensors", []) if finite(tensor.get("scale")) is not None]
         if not tensors:
             return
+        least, most = event.get("usual") or (0.001, 100.0)
         tensors.sort(key=lambda tensor: -abs(math.log(max(tensor["scale"], 1e-38))))
         yield Finding(
             kind="bad_init",
@@ -39,7 +41,7 @@ def bad_init(case: Case) -> Iterator[Finding]:
             step=step_of(event),
             where=listed([tensor["name"] for tensor in tensors], most=MOST_NAMED),
             evidence={
-                tensor["name"]: Measured(tensor["scale"], "0.001 to 100 times the usual")
+                tensor["name"]: Measured(tensor["scale"], f"{least:g} to {most:g} times the usual")
                 for tensor in tensors[:MOST_NAMED]
             },
             advice=f"Initialise these weights anew in the model {case.model}, or start from pretrained=True.",
@@ -52,6 +54,7 @@ def depth(case: Case) -> Iterator[Finding]:
     trained = str(case.args.get("model") or "").endswith(".pt") or isinstance(case.args.get("pretrained"), str)
     if first.is_empty() or trained or case.args.get("resume"):
         return
+    overflown = _overflown(case)
     norms = {stage_of(name): norm for name, norm in first.select("layer", "grad_norm").iter_rows()}
     backbone = _backbone(norms)
     known = [i for i in backbone if norms[i] is not None and math.isfinite(norms[i]) and norms[i] > 0]
@@ -65,10 +68,15 @@ def depth(case: Case) -> Iterator[Finding]:
         largest, middle = math.exp(max(logs)), math.exp(float(np.median(logs)))
         evidence["gradient of a backbone stage over the head's, largest"] = Measured(largest, math.exp(DEPTH))
         evidence["gradient of a backbone stage over the head's, median"] = Measured(middle, math.exp(-DEPTH))
-    evidence["loss at the first step"] = Measured(start, EXPLODED_LOSS)
+    evidence["loss at the first step"] = Measured(finite(start), EXPLODED_LOSS)
     where = f"model.{known[0]} to model.{known[-1]}" if known else None
-    if (logs and max(logs) > DEPTH) or start > EXPLODED_LOSS:
+    if overflown is not None:
         kind: Kind = "exploding"
+        where = overflown.module or overflown.component
+        message = "over the depth of the untrained network values grow until they overflow"
+        evidence["largest value before they do"] = Measured(overflown.input_max, SANE_INPUT)
+    elif (logs and max(logs) > DEPTH) or start > EXPLODED_LOSS:
+        kind = "exploding"
         where = f"model.{known[int(np.argmax(logs))]}" if logs and max(logs) > DEPTH else where
         message = "over the depth of the untrained network values or gradients grow far more than usual"
     elif logs and float(np.median(logs)) < -DEPTH:
@@ -84,6 +92,15 @@ def depth(case: Case) -> Iterator[Finding]:
         evidence=evidence,
         advice=f"Give the layers normalisation and an activation that passes gradients on in the model {case.model}.",
     )
+
+
+def _overflown(case: Case) -> FirstBad | None:
+    """Where the very first batch was not finite, if values had grown beyond sense before that."""
+    for incident in case.records.incidents:
+        first = incident.first_bad
+        if incident.step == 0 and first is not None and first.what == "nonfinite" and first.where != "input":
+            return first if (first.input_max or 0.0) >= SANE_INPUT and not incident.nonfinite_weights else None
+    return None
 
 
 def _backbone(stages: Iterable[int]) -> list[int]:

@@ -51,8 +51,9 @@ def _lost_component(incident: Incident) -> str | None:
     if incident.first_bad is not None and incident.first_bad.where == "loss" and incident.first_bad.what == "nonfinite":
         named = incident.first_bad.component
         if named:
-            return named
-    return next((name for name, value in incident.losses.items() if finite(value) is None), None)
+            return named.removesuffix("_loss")  # as the records have it
+    lost = next((name for name, value in incident.losses.items() if finite(value) is None), None)
+    return lost.removesuffix("_loss") if lost else None
 
 
 def nonfinite_gradient(case: Case) -> Iterator[Finding]:

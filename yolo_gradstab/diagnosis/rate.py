@@ -10,6 +10,7 @@ import polars as pl
 
 from yolo_gradstab.diagnosis.case import EARLY_STEPS, HOST_LR0, HOST_MOMENTUM, HOST_WARMUP, Case, finite, step_of
 from yolo_gradstab.diagnosis.finding import MOST_NAMED, Finding, Measured, Severity, rounded
+from yolo_gradstab.guard import NO_QUALITY
 from yolo_gradstab.stats import effective_lr
 
 __all__ = ["HOT_RATIO", "is_hot", "lr_too_high", "rate_advice"]
@@ -94,11 +95,14 @@ def _rate_severity(case: Case) -> Severity | None:
     adaptive = "ADAM" in str(case.args.get("optimizer", "")).upper()  # its weights grow early in good runs too
     grown = 0.0 if adaptive or case.growth is None else case.growth
     uneasy = _top(case.peak_updates, "largest") > UNEASY_RATIO
-    if case.usual_update > FIERCE_RATIO or (grown > OVERGROWN and uneasy):
+    warned = bool(case.events("warning"))
+    learned_nothing = case.map50 is not None and case.map50 < NO_QUALITY
+    explains = warned and learned_nothing and is_hot(case)
+    if case.usual_update > FIERCE_RATIO or (grown > OVERGROWN and uneasy) or explains:
         return "warning"
     # A large momentum shows late: its steps go on growing for 1 / (1 - momentum) steps.
     heavy = case.momentum > LARGE_MOMENTUM and _unrecorded_heat(case) is not None
-    return "info" if (grown > GROWN and uneasy) or heavy or case.events("warning") else None
+    return "info" if (grown > GROWN and uneasy) or heavy or warned else None
 
 
 def _timing(case: Case) -> dict[str, Measured]:
