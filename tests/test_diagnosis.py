@@ -395,6 +395,51 @@ def test_what_was_noticed_in_a_batch_before_any_trouble_explains_only_a_loss_tha
     assert kinds(lost(**HOT, incidents=[pixels]))[:2] == ["lr_too_high", "silent_collapse"]
 
 
+def test_the_first_step_of_a_warm_up_does_not_blame_the_rate() -> None:
+    """It moves biases alone, by a rate of their own, and in an adaptive optimizer by as much as any."""
+    early = run(events=[skip(7)], columns=spoiled(7), args={"optimizer": "AdamW"}, outcome="running", map50=None)
+    first_ratio = pl.when(pl.col("step") == 0).then(0.09).otherwise(pl.col("update_ratio"))
+    early = msgspec.structs.replace(early, layers=early.layers.with_columns(update_ratio=first_ratio))
+    assert kinds(early) == ["nonfinite_gradient"]
+    without = msgspec.structs.replace(early, args=early.args | {"warmup_epochs": 0.0})
+    assert kinds(without)[0] == "lr_too_high"
+
+
+def test_a_gradient_that_the_scale_makes_overflow_is_no_fault_of_a_module() -> None:
+    steps = list(range(20))
+    where = bad("backward", module=None, type="SubBackward0", input_max=2.9e5)
+    events = [skip(step, "scaler_overflow") for step in steps]
+    records = run(columns=fp16(NUM, steps), events=events, incidents=[incident(19, "nonfinite", first_bad=where)])
+    assert kinds(records) == ["amp_overflow"]
+    small = bad("backward", module=None, type="SubBackward0", input_max=8.0)
+    records = msgspec.structs.replace(records, incidents=[captured(incident(19, first_bad=small))])
+    assert kinds(records)[0] == "module_fault"
+
+
+def test_steps_that_were_taken_back_are_not_the_runs() -> None:
+    loss = np.where(np.arange(NUM) == 12, 3000.0, 200.0)
+    back = {"event": "rollback", "step": 15, "to_step": 0, "kind": "weight_growth", "lr_factor": 0.5}
+    assert "silent_collapse" in kinds(run(loss=loss, map50=0.0), "error")
+    found = run(loss=loss, map50=0.0, events=[back])
+    assert kinds(found, "error") == []
+    assert kinds(found)[0] == "lr_too_high"
+
+
+def test_an_early_warning_explains_a_run_that_learned_nothing() -> None:
+    warning = {"event": "warning", "step": 8, "kind": "weight_growth"}
+    severities = {
+        map50: the("lr_too_high", run(ratio=0.02, map50=map50, events=[warning])).severity for map50 in (0.0, 0.3)
+    }
+    assert severities == {0.0: "warning", 0.3: "info"}
+    assert the("lr_too_high", run(map50=0.0, events=[warning])).severity == "info"  # its updates were calm
+
+
+def test_layers_that_are_expected_to_be_without_gradient_stand_last() -> None:
+    loss = np.where(np.arange(NUM) == 90, 1000.0, SPIKE.clip(max=300))
+    expected = DEAD | {"tensors": ["model.23.cv2.0.0.conv.weight"]}
+    assert kinds(run(loss=loss, events=[expected], clip=0.02)) == ["loss_spike", "always_clipped", "dead_layer"]
+
+
 def test_an_operation_between_modules_can_be_at_fault() -> None:
     where = {"where": "forward", "note": "in an operation between modules, before model.5.conv"}
     first = diagnose(run(incidents=[incident(first_bad=where)], events=[skip()], columns=spoiled(30)))[0]

@@ -168,6 +168,35 @@ class LengthOfMasked(Acting):
         return x * torch.sqrt(((x * (x > 2)) ** 2).sum(1, keepdim=True))
 
 
+class ArcCosine(Acting):
+    """An angle between vectors that were not made unit vectors."""
+
+    def wrong(self, x: Tensor) -> Tensor:
+        return torch.acos(x)
+
+
+class PowerOfNegative(Acting):
+    """A power with a fraction, which negative values do not have."""
+
+    def wrong(self, x: Tensor) -> Tensor:
+        return x**1.5
+
+
+class OwnSinh(Acting):
+    """An activation that grows like an exponential."""
+
+    def wrong(self, x: Tensor) -> Tensor:
+        return torch.sinh(40 * x) / 40
+
+
+class DeviationOfNothing(Acting):
+    """Adds the deviation of each map, written out: its gradient at a map of zeros is 0 over 0, where `std` has 0."""
+
+    def wrong(self, x: Tensor) -> Tensor:
+        x3 = x * (x > 3)
+        return x + ((x3 - x3.mean((2, 3), keepdim=True)) ** 2).mean((2, 3), keepdim=True).sqrt()
+
+
 class _WrongBackward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, is_wrong: bool) -> Tensor:
@@ -379,6 +408,20 @@ class TimesLoss:
         return loss * self.factor, {name: value * self.factor for name, value in items.items()}
 
 
+class FadingLoss:
+    """A weight of the loss that is halved at every step from one on."""
+
+    def __init__(self, since: int) -> None:
+        self.since = since
+
+    def __call__(self, loss: Tensor, items: dict[str, Tensor], clock: Clock) -> tuple[Tensor, dict[str, Tensor]]:
+        if clock.step < self.since:
+            return loss, items
+        clock.act()
+        weight = 0.5 ** (clock.step - self.since + 1)
+        return loss * weight, {name: value * weight for name, value in items.items()}
+
+
 class LogOfProgress:
     """A term that falls with the logarithm of what is left of the training: log(0) at step `end`."""
 
@@ -565,6 +608,16 @@ def nan_boxes(sample: dict[str, Any]) -> None:
 def giant_boxes(sample: dict[str, Any]) -> None:
     """Sizes in pixels of an aerial picture, squared."""
     sample["bboxes"][:, 2:] *= 1e5
+
+
+def unknown_class(sample: dict[str, Any]) -> None:
+    """-1 for objects to be ignored, as other tools have it."""
+    sample["cls"][:] = -1
+
+
+def turned_boxes(sample: dict[str, Any]) -> None:
+    """Corners taken in the wrong order."""
+    sample["bboxes"][:, 3] *= -1
 
 
 def nan_keypoints(sample: dict[str, Any]) -> None:

@@ -222,9 +222,11 @@ class Case:
     def peak_updates(self) -> pl.DataFrame:
         """Those of them at which the rate was at its height; of the first step only where there is no other.
 
-        At the first step a warm-up moves nothing but biases, and those from zero.
+        At the first step a warm-up moves nothing but biases, and those from zero: that says nothing.
         """
         updates = self.updates
+        if self.number("warmup_epochs", HOST_WARMUP) > 0:
+            updates = updates.filter(pl.col("step") > 0)
         peak = updates.filter(pl.col("step") > 0, pl.col("lr") >= PEAK * pl.col("lr").max())
         return peak if len(peak) else updates
 

@@ -26,7 +26,7 @@ def nonfinite_loss(case: Case) -> Iterator[Finding]:
     bad = case.step[~np.isfinite(case.loss)] if len(case.loss) else np.empty(0)
     captured = [incident for incident in case.records.incidents if _lost_component(incident)]
     steps = [int(bad[0])] if len(bad) else []
-    if not steps and not captured and not _bad_gradient_steps(case):  # the host may have seen more than was recorded
+    if not (steps or captured or case.events("skip", "nonfinite")):  # the host may have seen more than was recorded
         steps = [divergence.step for divergence in case.divergences if divergence.kind == "nonfinite"]
     if not steps and not captured:
         return
