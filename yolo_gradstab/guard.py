@@ -39,8 +39,10 @@ from yolo_gradstab.runs import DivergenceKind
 from yolo_gradstab.stats import MAD_TO_SIGMA
 
 __all__ = [
+    "DEAD_STEPS",
     "LOOK_EVERY",
     "NO_QUALITY",
+    "USUAL_SCALE",
     "Divergence",
     "DivergenceWatch",
     "HealthWatch",
@@ -70,6 +72,8 @@ RARELY = 0.15  # of the steps before: sets with many images without objects have
 WEIGHT_GROWTH = 100.0
 RUNNING_VAR = 1e8
 NO_QUALITY = 1e-3  # mAP50 below which a run has learned nothing
+DEAD_STEPS = 50  # in a row without any gradient, after which a tensor is said to be dead
+USUAL_SCALE = (0.001, 100.0)  # of a weight at the start, over PyTorch's own; the host's pose head has some at 0.004
 
 LOOK_EVERY = 5  # steps between looks at the model itself
 EARLY_STEPS = 20  # that are looked at one by one: a rate that is far too high destroys a model in two or three

@@ -41,8 +41,10 @@ from yolo_gradstab.coco.dataset import build_coco_dataset, read_data_yaml, resol
 from yolo_gradstab.config import Config, ConfigError, build_policy, load_config, read_config_file
 from yolo_gradstab.diagnosis import last_words, records_of
 from yolo_gradstab.guard import (
+    DEAD_STEPS,
     LOOK_EVERY,
     NO_QUALITY,
+    USUAL_SCALE,
     Divergence,
     DivergenceWatch,
     HealthWatch,
@@ -73,8 +75,6 @@ TASKS: dict[str, type[BaseTrainer]] = {"detect": DetectionTrainer, "pose": PoseT
 
 MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 
-DEAD_STEPS = 50  # in a row without any gradient, after which a tensor is said to be dead
-USUAL_SCALE = (0.001, 100.0)  # of a weight at the start, over PyTorch's own; the host's pose head has some at 0.004
 USUAL_MEDIAN = (0.1, 10.0)  # of all weights: that of the host's models is 1, of other usual initialisations 0.4 to 3
 
 STATE_KEY = "gradstab"  # of our state, inside the checkpoint's optimizer state

@@ -67,8 +67,8 @@ def replaced(path: str, make: Callable[[nn.Module, Clock], nn.Module]) -> ModelE
     return edit
 
 
-class Poisoned(nn.Module):
-    """One value of its output is not what it should be, at some steps of training."""
+class AtTimes(nn.Module):
+    """A module that is at fault at some steps of training."""
 
     def __init__(self, inner: nn.Module, clock: Clock, value: float, steps: Iterable[int]) -> None:
         super().__init__()
@@ -79,24 +79,26 @@ class Poisoned(nn.Module):
         if not self.training or self.clock.step not in self.steps:
             return y
         self.clock.act()
-        wrong = torch.zeros_like(y)
-        wrong[(0,) * y.ndim] = self.value
-        return y + wrong
+        return self.wrong(y)
+
+    def wrong(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
-class Amplifying(nn.Module):
+class Poisoned(AtTimes):
+    """One value of its output is not what it should be."""
+
+    def wrong(self, x: Tensor) -> Tensor:
+        one = torch.zeros_like(x)
+        one[(0,) * x.ndim] = self.value
+        return x + one
+
+
+class Amplifying(AtTimes):
     """A gate whose scale runs away."""
 
-    def __init__(self, inner: nn.Module, clock: Clock, factor: float, steps: Iterable[int]) -> None:
-        super().__init__()
-        self.inner, self.clock, self.factor, self.steps = inner, clock, factor, steps
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        if not self.training or self.clock.step not in self.steps:
-            return y
-        self.clock.act()
-        return y * self.factor
+    def wrong(self, x: Tensor) -> Tensor:
+        return x * self.value
 
 
 class Acting(nn.Module):

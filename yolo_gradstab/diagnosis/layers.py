@@ -12,6 +12,7 @@ import polars as pl
 from yolo_gradstab.diagnosis.batch import SANE_INPUT
 from yolo_gradstab.diagnosis.case import Case, finite, stage_of, step_of
 from yolo_gradstab.diagnosis.finding import MOST_NAMED, Finding, Kind, Measured, counted
+from yolo_gradstab.guard import DEAD_STEPS, USUAL_SCALE
 from yolo_gradstab.localisation import FirstBad, listed
 
 __all__ = ["bad_init", "dead_layer", "depth"]
@@ -23,8 +24,6 @@ EXPECTED_SLOPE = -0.2  # per stage of the backbone: gradients grow towards the i
 EXPLODED_LOSS = 1e6  # per image, at the first step
 LEAST_STAGES = 4  # of a backbone whose profile is judged
 
-DEAD_STEPS = 50  # without any gradient
-
 
 def bad_init(case: Case) -> Iterator[Finding]:
     """Weights whose scale at the start is off by orders of magnitude."""
@@ -32,7 +31,7 @@ def bad_init(case: Case) -> Iterator[Finding]:
         tensors = [tensor for tensor in event.get("tensors", []) if finite(tensor.get("scale")) is not None]
         if not tensors:
             return
-        least, most = event.get("usual") or (0.001, 100.0)
+        least, most = event.get("usual") or USUAL_SCALE
         tensors.sort(key=lambda tensor: -abs(math.log(max(tensor["scale"], 1e-38))))
         yield Finding(
             kind="bad_init",
