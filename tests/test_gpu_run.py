@@ -1,16 +1,20 @@
 """`configs/gpu/run.py`, what `make gpu` starts: the same command at toy size on the CPU."""
 
 import json
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import polars as pl
+import pytest
 from conftest import MODELS, ROOT
 
+from yolo_gradstab.sweep import read_spec
+
 TOY = [
-    "specs=drawn_pose", "pose_images=12", "jobs=2", "seeds=2", f"train.model={MODELS / 'yolo26-tiny-pose.yaml'}",
+    "stages=pose", "pose_images=12", "jobs=2", "seeds=2", f"train.model={MODELS / 'yolo26-tiny-pose.yaml'}",
     "train.device=cpu", "train.amp=false", "train.epochs=1", "train.imgsz=32", "train.batch=4", "grid.lr0=[0.01]",
 ]  # fmt: skip
 
@@ -37,3 +41,30 @@ def test_what_is_done_is_kept_and_the_next_call_goes_on(tmp_path: Path) -> None:
     run(tmp_path, "time_limit_s=0")
     assert time.monotonic() - started_s < 30
     assert json.loads((tmp_path / "trials.json").read_text()) == trials
+
+
+def test_every_stage_is_a_sweep_that_is_accepted() -> None:
+    stages = runpy.run_path(str(ROOT / "configs/gpu/run.py"))["SWEEPS"]
+    optimizers, policies, models = set(), set(), set()
+    for spec, *changes in stages.values():
+        sweep = read_spec(ROOT / f"configs/gpu/{spec}.yaml", ["train.data=any.yaml", *changes])
+        optimizers |= set(sweep.grid["optimizer"])
+        policies |= {str(clip) for clip in sweep.grid.get("clip", [])}
+        models.add((sweep.train["model"], sweep.train["imgsz"], sweep.train["amp"]))
+    assert optimizers == {"SGD", "AdamW", "MuSGD"}
+    assert policies == {"none", "{'policy': 'norm', 'max_norm': 1}", "agc", "zclip"}
+    assert {("yolo26n.yaml", 320, True), ("yolo11n.yaml", 320, "bf16"), ("yolo26s.yaml", 640, "bf16")} < models
+
+
+@pytest.mark.slow  # six trials
+def test_throughput_is_of_as_many_trials_for_each_job(tmp_path: Path) -> None:
+    """Twice `jobs` at most: 1 and 2 here. And a stage that is none is refused before anything is started."""
+    run(tmp_path, "stages=throughput", "jobs=1", "seeds=1", "time_limit_s=300")
+    rows = json.loads((tmp_path / "throughput.json").read_text())
+    assert [(row["jobs"], row["trials"]) for row in rows] == [(1, 2), (2, 4)]
+    for row in rows:
+        assert row["trials_per_hour"] == pytest.approx(3600 * row["trials"] / row["seconds"])
+    assert len(list((tmp_path / "throughput").glob("2/trials/*/gradstab/status.json"))) == 4
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        run(tmp_path, "stages=nonsense")
+    assert refused.value.stderr.startswith("stages=nonsense is none of bench, detect, pose, throughput, ")

@@ -1,10 +1,11 @@
 """Run the sweeps of this folder inside a time limit and keep what is done: what `make gpu` starts.
 
     python configs/gpu/run.py out=gpu-out time_limit_s=540 [wheels=DIR] [seeds=3] [jobs=4]
-                              [specs=bccd_detect,drawn_pose] [pose_images=768] [train.epochs=1 ...]
+                              [stages=detect,pose,...] [pose_images=768] [train.epochs=1 ...]
 
 Self-contained: it needs the project's files and, offline, a folder of wheels. Any further word goes to every sweep: a
-dry run on a CPU is `train.device=cpu train.amp=false train.epochs=1`.
+dry run on a CPU is `train.device=cpu train.amp=false train.epochs=1`. Every stage but the sweeps is done once: where
+its file is there already, it is not repeated.
 """
 
 import json
@@ -21,6 +22,32 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CLOSING_S = 30.0  # of the limit, for interrupted trials to write their records and for the results to be gathered
 
+# Most valuable first; each a spec of this folder and what it changes of it. Two more are no sweeps: `bench`, and
+# `throughput`, the same short sweep at several numbers of trials at once.
+OPTIMIZERS, NO_BOUND = "grid.optimizer=[AdamW,MuSGD]", "grid.update_clip=[null]"
+POLICIES = "grid.clip=[none,{policy: norm, max_norm: 1},agc,zclip]"
+SWEEPS: dict[str, tuple[str, ...]] = {
+    "detect": ("bccd_detect",),
+    "pose": ("drawn_pose",),
+    "detect_optimizers": ("bccd_detect", OPTIMIZERS),
+    "pose_optimizers": ("drawn_pose", OPTIMIZERS),
+    "detect_guard": ("bccd_detect", "grid.guard.divergence=['off', rollback]", NO_BOUND),
+    "pose_guard": ("drawn_pose", "grid.guard.divergence=['off', rollback]", NO_BOUND),
+    "detect_policies": ("bccd_detect", POLICIES, NO_BOUND),
+    "detect_640": ("bccd_detect", "train.imgsz=640", "train.model=yolo26s.yaml"),
+    "pose_coco": ("coco_pose",),
+    "detect_yolo11": ("bccd_detect", "train.model=yolo11n.yaml"),
+    "detect_fp16": ("bccd_detect", "train.amp=true"),
+    "pose_policies": ("drawn_pose", POLICIES, NO_BOUND),
+}
+STAGES = ("bench", "detect", "pose", "throughput", *list(SWEEPS)[2:])
+TRIALS_PER_JOB = 2  # of `throughput`
+
+BENCH = """
+import json, sys
+from yolo_gradstab.bench import run_bench
+json.dump(run_bench(sys.argv[1]), open(sys.argv[2], "w"), indent=1)
+"""
 # The sweep without the report at its end, which would need the packages that draw charts.
 SWEEP = """
 import sys
@@ -32,10 +59,13 @@ run_sweep(read_spec(sys.argv[1], sys.argv[3:]), sys.argv[2], say=lambda line: pr
 def main() -> int:
     """Run, gather, say where."""
     options = {"out": "gpu-out", "time_limit_s": "540", "wheels": "", "seeds": "3", "jobs": "4"}
-    options |= {"specs": "bccd_detect,drawn_pose", "pose_images": "768"}
+    options |= {"stages": ",".join(STAGES), "pose_images": "768"}
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
     passed = [f"{key}={value}" for key, value in given.items() if key not in options]
     options |= {key: value for key, value in given.items() if key in options}
+    stages = options["stages"].split(",")
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        sys.exit(f"stages={unknown[0]} is none of {', '.join(STAGES)}")
     started_s = time.monotonic()
     deadline_s = started_s + float(options["time_limit_s"]) - CLOSING_S
     out = Path(options["out"]).resolve()
@@ -45,19 +75,68 @@ def main() -> int:
     sys.path[:0] = [str(ROOT), str(out / "packages")]
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
     os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false")
+    if "detect_fp16" in stages:
+        stand_in(out / "settings")
     for seed in range(int(options["seeds"])):
-        for name in options["specs"].split(","):
+        for stage in stages:
             if time.monotonic() < deadline_s:
-                words = [
-                    f"train.data={data_of(name, out, int(options['pose_images']))}",
-                    f"seeds=[{seed}]",
-                    f"jobs={options['jobs']}",
-                    *passed,
-                ]
-                sweep(name, out / name, words, deadline_s)
+                words = [f"seeds=[{seed}]", f"jobs={options['jobs']}", *passed]
+                run(stage, out, words, pose_images=int(options["pose_images"]), deadline_s=deadline_s)
                 gather(out, options, started_s)
-    print(f"Results: {out / 'trials.json'}, steps.parquet, layers.parquet, machine.json")
+    print(f"Results: {out / 'trials.json'}, steps.parquet, layers.parquet, machine.json; bench.json, throughput.json")
     return 0
+
+
+def run(stage: str, out: Path, words: list[str], *, pose_images: int, deadline_s: float) -> None:
+    """One stage, or what is left of it, until the time is up."""
+    if stage == "bench":
+        if not (out / "bench.json").exists():
+            model = next((word.partition("=")[2] for word in words if word.startswith("train.model=")), "yolo26n.yaml")
+            python(BENCH, [model, str(out / "bench.json")], deadline_s)
+    elif stage == "throughput":
+        measure_throughput(out, words, deadline_s)
+    else:
+        spec, *changes = SWEEPS[stage]
+        words = [f"train.data={data_of(spec, out, pose_images)}", *changes, *words]  # the command line's come last
+        python(SWEEP, [str(HERE / f"{spec}.yaml"), str(out / stage), *words], deadline_s)
+
+
+def measure_throughput(out: Path, words: list[str], deadline_s: float) -> None:
+    """Trials an hour at 1, 2, 4, ... up to twice `jobs` at once; as many for each, so that none is left alone."""
+    path = out / "throughput.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    (most,) = (2 * int(word[5:]) for word in words if word.startswith("jobs="))
+    while (jobs := 2 ** len(rows)) <= most:
+        trials = TRIALS_PER_JOB * jobs
+        ours = [f"train.data={data_of('drawn_pose', out, 96)}", "train.epochs=2", *words, "grid.lr0=[0.01]"]
+        ours += ["grid.update_clip=[null]", f"seeds={list(range(trials))}", f"jobs={jobs}"]
+        began_s = time.monotonic()
+        python(SWEEP, [str(HERE / "drawn_pose.yaml"), str(out / "throughput" / str(jobs)), *ours], deadline_s)
+        seconds = time.monotonic() - began_s
+        if time.monotonic() >= deadline_s:
+            return
+        rows.append({"jobs": jobs, "trials": trials, "seconds": seconds, "trials_per_hour": 3600 * trials / seconds})
+        write(path, json.dumps(rows, indent=1).encode())
+
+
+def stand_in(settings: Path) -> None:
+    """Let fp16 train without a network: the host tries it on weights that it would download.
+
+    An untrained model of the same name takes their place. It finds nothing in either precision, so the check passes:
+    on a GPU that cannot do fp16 it would have failed.
+    """
+    settings.mkdir(parents=True, exist_ok=True)
+    os.environ["YOLO_CONFIG_DIR"] = str(settings)
+    code = """
+from ultralytics import YOLO, settings
+from pathlib import Path
+import sys
+settings.update({"weights_dir": sys.argv[1]})
+path = Path(sys.argv[1]) / "yolo26n.pt"
+if not path.exists():
+    YOLO("yolo26n.yaml").save(path)
+"""
+    subprocess.run([sys.executable, "-c", code, str(settings)], check=True)
 
 
 def install(wheels: Path, target: Path) -> None:
@@ -71,20 +150,22 @@ def data_of(name: str, out: Path, pose_images: int) -> Path:
     if name == "drawn_pose":
         from yolo_gradstab.coco.sample import draw_sample
 
-        return draw_sample(out / "data" / name, task="pose", images=pose_images, size=192)
-    folder = Path(os.environ.get("GRADSTAB_DATA", ROOT.parent / "shared" / "data")) / "bccd"
+        return draw_sample(out / "data" / f"{name}_{pose_images}", task="pose", images=pose_images, size=192)
+    known = {"bccd_detect": "bccd.yaml", "coco_pose": "coco_open_pose.yaml"}[name]
+    lines = (ROOT / "datasets" / known).read_text(encoding="utf-8").splitlines()
+    (given,) = (line.partition(":")[2].strip() for line in lines if line.startswith("path:"))
+    folder = Path(os.environ.get("GRADSTAB_DATA", ROOT.parent / "shared" / "data")) / Path(given).name
     if not folder.is_dir():
-        sys.exit(f"{folder} does not exist; set GRADSTAB_DATA to the folder that holds bccd")
-    path = out / "data" / "bccd.yaml"
+        sys.exit(f"{folder} does not exist; set GRADSTAB_DATA to the folder that holds {folder.name}")
+    path = out / "data" / known
     path.parent.mkdir(parents=True, exist_ok=True)
-    splits = "".join(f"{split}: annotations/instances_{split}.json\n" for split in ("train", "val"))
-    path.write_text(f"path: {folder.resolve()}\n{splits}images: images\n", encoding="utf-8")
+    path.write_text("\n".join(f"path: {folder.resolve()}" if line.startswith("path:") else line for line in lines))
     return path
 
 
-def sweep(name: str, folder: Path, words: list[str], deadline_s: float) -> None:
-    """Run or continue one sweep until it is done or the time is up."""
-    process = subprocess.Popen([sys.executable, "-c", SWEEP, str(HERE / f"{name}.yaml"), str(folder), *words])
+def python(code: str, words: list[str], deadline_s: float) -> None:
+    """Run some code, a sweep say, until it is done or the time is up."""
+    process = subprocess.Popen([sys.executable, "-c", code, *words])
     try:
         process.wait(max(1.0, deadline_s - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -101,7 +182,7 @@ def gather(out: Path, options: dict[str, str], started_s: float) -> None:
     from yolo_gradstab.telemetry import read_run
 
     trials, steps, layers = [], [], []
-    for folder in sorted(out.glob("*/trials/*/")):
+    for folder in sorted(folder for stage in SWEEPS for folder in (out / stage).glob("trials/*/")):
         trial = read_trial(folder)
         try:
             run = read_run(folder)
