@@ -6,7 +6,7 @@ BIN := .venv/bin
 export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 
-.PHONY: demo test test-slow test-gpu faults lint bench gpu clean
+.PHONY: demo test test-slow test-gpu test-trackers faults lint bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/yolo-gradstab demo
@@ -19,6 +19,11 @@ test-slow: .venv/ready
 
 test-gpu: .venv/ready
 	$(BIN)/pytest -m gpu
+
+# What real trackers hold after a run. They are put beside .venv, not into it: there the host would log every run.
+test-trackers: .venv/ready
+	$(BIN)/$(INSTALL) --quiet -c constraints.txt --target .trackers tensorboard mlflow-skinny wandb
+	PYTHONPATH=$(CURDIR)/.trackers $(BIN)/pytest tests/test_trackers.py
 
 # Faults injected into small real runs: does the first finding name them? About ten minutes on 2 cores.
 faults: .venv/ready
@@ -40,7 +45,7 @@ gpu: $(if $(WHEELS),,.venv/ready)
 	$(if $(WHEELS),$(PYTHON),$(BIN)/python) configs/gpu/run.py out=$(OUT) time_limit_s=$(TIME_LIMIT_S) $(if $(WHEELS),wheels=$(WHEELS))
 
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis demo gpu-out runs
+	rm -rf .venv .trackers .pytest_cache .mypy_cache .ruff_cache .hypothesis demo gpu-out runs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -68,6 +68,7 @@ from yolo_gradstab.norms import (
 from yolo_gradstab.runs import RunFolder, Status, replacing, terminable, versions
 from yolo_gradstab.snapshot import Snapshot, Snapshots
 from yolo_gradstab.telemetry import LAYER_SCHEMA, MAP50, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord, read_run
+from yolo_gradstab.trackers import Trackers
 
 __all__ = ["TASKS", "GradstabMixin", "trainer_for"]
 
@@ -856,6 +857,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if dropped and self._step:
             LOGGER.info(f"Records of {dropped} steps after the checkpoint are dropped; those steps are made again")
         self._run = run
+        self._trackers = Trackers(self.callbacks)
         run.write_status(Status(step=self._step, versions=versions(), seconds=self._seconds_before))
         if self._step == 0:
             self._index_parameters()
@@ -886,6 +888,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._layer_parts.flush()
         self._epoch_columns = _epoch_columns(self._epoch_rows)
         self.metrics.update(self._epoch_columns)
+        every = self._config.telemetry.every
+        for failed in self._trackers.log_steps([row for row in self._epoch_rows if row["step"] % every == 0]):
+            LOGGER.warning(failed)
         skipped = sum(row["skipped"] for row in self._epoch_rows)
         if skipped:
             LOGGER.warning(f"{skipped} of {len(self._epoch_rows)} optimizer steps not applied, see {self._run.events}")
