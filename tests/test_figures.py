@@ -115,6 +115,27 @@ def test_stages_are_in_network_order_and_columns_keep_the_largest_norm() -> None
     assert chart.to_dict()["vconcat"][0]["encoding"]["y"]["sort"] == ["model.0", "model.2", "model.10"]
 
 
+def test_depth_has_a_panel_per_moment_and_a_line_per_arm_and_says_what_has_no_place(tmp_path: Path) -> None:
+    rows = [
+        {"arm": f"arm {a}", "moment": moment, "stage": stage, "norm": 10.0 ** (stage - a)}
+        for moment in ("start", "end")
+        for a in range(9)
+        for stage in range(3)
+    ]
+    rows[0]["norm"], rows[1]["norm"] = 0.0, float("inf")
+    chart = figures.depth_profile(pl.DataFrame(rows))
+    (cells,) = tables(chart)
+    assert len(cells) == 7 * 3 * 2 - 2
+    assert {row["arm"] for row in cells} == {f"arm {a}" for a in range(7)}
+    drawn = chart.to_dict()
+    assert drawn["facet"]["column"]["sort"] == ["start", "end"]
+    assert drawn["title"]["subtitle"][1:] == [
+        "Left out, being zero or not finite and so without a place on a log axis: 2.",
+        "2 further arms are not drawn here; the table has them.",
+    ]
+    assert figures.save(chart, tmp_path / "x.svg").read_text().startswith("<svg")
+
+
 def test_a_range_test_shows_where_it_broke(tmp_path: Path) -> None:
     table = pl.DataFrame({"lr": [1e-4, 1e-3, 1e-2], "loss": [9.0, 8.0, None], "smoothed_loss": [9.0, 8.5, 40.0]})
     chart = figures.lr_range(table, lr_div=0.01, grid=[0.001, 0.01])

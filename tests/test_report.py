@@ -7,6 +7,7 @@ import math
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -44,14 +45,16 @@ def write_run(
     metrics: list[float] = (0.1, 0.3),
     status: Status | None = None,
     args: dict | None = None,
+    gradient: Callable[[int, int], float] = lambda step, stage: 10.0 / (stage + 1),
+    epoch_steps: int = 10**9,
 ) -> Path:
-    """A run folder as the trainer leaves it."""
+    """A run folder as the trainer leaves it; `gradient` is the norm of a stage at a step."""
     run = RunFolder(folder)
     run.create(load_config(config).to_dict())
     writer = PartWriter(run.steps, STEP_SCHEMA)
     writer.append(
         StepRecord(
-            step=i, epoch=0, attempt=0, batch=i, images=16, lr=0.01 if i % 2 else 0.03, loss=loss,
+            step=i, epoch=i // epoch_steps, attempt=0, batch=i, images=16, lr=0.01 if i % 2 else 0.03, loss=loss,
             losses={"box": 0.6 * loss, "cls": 0.4 * loss}, total_norm=norms[i] if norms else 40.0, clipped_norm=10.0,
             clip_coef=0.25 if i % 2 else 1.0, bounded_share=None, update_ratio_max=None, nonfinite=0, skipped=False,
             scale=1.0, time_s=0.1 * i,
@@ -65,7 +68,7 @@ def write_run(
     layers = PartWriter(run.layers, LAYER_SCHEMA)
     layers.append(
         LayerRecord(
-            step=i, layer=f"model.{k}", grad_norm=10.0 / (k + 1), weight_norm=1.0, update_ratio=0.01, nonfinite=0
+            step=i, layer=f"model.{k}", grad_norm=gradient(i, k), weight_norm=1.0, update_ratio=0.01, nonfinite=0
         ).row()
         for i in range(0, len(losses), 10)
         for k in range(3)
@@ -252,6 +255,43 @@ def test_summary_holds_the_contract_and_says_why_values_are_null(sweep: Path) ->
     assert "2 seeds cannot reach p < 0.05" in pair["metric"]["reason"]
 
 
+def test_gradients_over_depth_are_those_of_the_runs_at_the_best_rate(tmp_path: Path) -> None:
+    """ln norm has a slope of -(seed + 1) at the start, 0 after warm-up and 2 at the end; at a worse rate another."""
+    folder = tmp_path / "rates"
+    spec = read_spec(SPEC | {"train": SPEC["train"] | {"warmup_epochs": 1}})
+    (folder / "trials").mkdir(parents=True)
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(msgspec.to_builtins(spec)))
+    for trial in plan(spec, folder):
+        is_best = trial.lr0 == 0.1
+
+        def gradient(step: int, stage: int, seed: int = trial.seed, is_best: bool = is_best) -> float:
+            slope = -(seed + 1.0) if step < 20 else 0.0 if step < 50 else 2.0
+            # one odd record after warm-up, which the median of three leaves out
+            return math.exp((slope if is_best else 7.0) * stage) * (1e3**stage if step == 30 else 1.0)
+
+        more = {"args": {"warmup_epochs": 1.0}, "gradient": gradient, "epoch_steps": 20, "losses": [200.0] * 80}
+        write_trial(folder, trial, metrics=[0.1, 0.4 if is_best else 0.2], **more)
+    build_report(folder)
+    for arm in summary_of(folder)["arms"]:
+        slopes = {moment: slope["value"] for moment, slope in arm["depth_slope"].items()}
+        assert slopes == pytest.approx({"start": -1.5, "after warm-up": 0.0, "end": 2.0}, abs=1e-6)
+        half = 12.7062 * math.sqrt(0.5) / math.sqrt(2)  # t(0.975, 1), of the seeds' -1 and -2
+        assert arm["depth_slope"]["start"]["low"] == pytest.approx(-1.5 - half, rel=1e-4)
+    assert (
+        "| norm 10 | -1.50 (-7.85 to +4.85) | +0.00 (+0.00 to +0.00) | +2.00 (+2.00 to +2.00) |"
+        in (folder / "report.md").read_text()
+    )
+    assert (folder / "figures" / "rates_depth.svg").exists()
+
+
+def test_a_run_that_diverged_has_no_end_over_depth(sweep: Path) -> None:
+    (comparison,), _ = gather([sweep])
+    lost = next(entry for entry in comparison.entries if entry.diverged)
+    assert lost.depth_profile["moment"].unique().to_list() == ["start"]  # nor had it got through its warm-up
+    kept = next(entry for entry in comparison.entries if not entry.diverged)
+    assert set(kept.depth_profile["moment"]) == {"start", "end"}
+
+
 def test_unfinished_and_failed_trials_count_neither_way(sweep: Path) -> None:
     folders = sorted(folder for folder in (sweep / "trials").iterdir() if folder.is_dir())
     RunFolder(folders[0]).write_status(Status(outcome="running", step=7))
@@ -337,7 +377,8 @@ def test_a_single_run_has_its_trajectories_and_no_comparison(tmp_path: Path) -> 
     assert "train (agc 0.01, lr0 0.02) completed after 60 steps, 50% of them clipped: final mAP50-95 0.300." in text
     assert 'data-figure="train_trajectories"' in text
     assert "train_metric" not in text
-    assert sorted(path.name for path in (run / "figures").iterdir()) == ["train_layers.png", "train_trajectories.png"]
+    drawn = sorted(path.name for path in (run / "figures").iterdir())
+    assert drawn == ["train_depth.svg", "train_layers.png", "train_trajectories.png"]
 
 
 # Findings

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from yolo_gradstab.stats import (
     clipped_share,
     compare_paired,
     compare_survival,
+    depth_slope,
     effective_lr,
     holm,
     jeffreys,
@@ -22,6 +24,7 @@ from yolo_gradstab.stats import (
     lr50,
     lr_sensitivity,
     max_stable_lr,
+    mean_over_seeds,
     norm_summary,
     quality_sensitivity,
     rmst,
@@ -460,3 +463,26 @@ def test_bad_input_is_one_line(call: Callable[[], Any], words: str) -> None:
     with pytest.raises(ValueError, match=words) as refused:
         call()
     assert "\n" not in str(refused.value)
+
+
+# Depth
+
+
+def test_depth_slope_is_the_median_over_all_pairs_of_usable_norms() -> None:
+    rng = np.random.default_rng(0)
+    depths, norms = list(range(11)), np.exp(rng.normal(size=11)).tolist()
+    pairs = itertools.combinations(range(11), 2)
+    slopes = [(math.log(norms[j]) - math.log(norms[i])) / (j - i) for i, j in pairs]
+    assert depth_slope(depths, norms) == pytest.approx(statistics.median(slopes))
+    # ln 2 per stage, whatever has no logarithm; too few stages have no slope
+    assert depth_slope([0, 1, 2, 3, 4, 5], [1.0, 2.0, 0.0, 8.0, math.inf, None]) == pytest.approx(math.log(2))
+    assert depth_slope([0, 1, 2], [1.0, 2.0, math.nan]) is None
+
+
+def test_mean_over_seeds_is_students_interval() -> None:
+    """By hand: mean 2, deviation 1, t(0.975, 2) = 4.302653, so 2 +- 4.302653 / sqrt(3)."""
+    found = mean_over_seeds([1.0, 2.0, 3.0, math.nan])
+    assert (found.value, found.num_seeds) == (2.0, 3)
+    assert found.high == pytest.approx(2 + 4.302653 / math.sqrt(3), rel=1e-6)
+    assert found.low == pytest.approx(2 - 4.302653 / math.sqrt(3), rel=1e-6)
+    assert mean_over_seeds([]).reason == "no run has a value"

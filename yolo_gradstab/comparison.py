@@ -19,7 +19,9 @@ import polars as pl
 from yolo_gradstab import stats
 from yolo_gradstab.config import CLIP_POLICIES
 from yolo_gradstab.diagnosis import Finding
+from yolo_gradstab.diagnosis.case import stage_of
 from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
+from yolo_gradstab.diagnosis.layers import backbone
 from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
 from yolo_gradstab.runs import RunError, RunFolder
 from yolo_gradstab.stats import Estimate
@@ -36,6 +38,10 @@ UNDECIDED: tuple[Verdict, ...] = ("failed", *UNFINISHED)  # say nothing about a 
 HOST_LR0 = 0.01  # the host's own default, for a run whose arguments are missing
 MOST_NAMED = 4  # arms in a sentence
 USABLE = 0.2  # below the best, a learning rate is still usable
+
+MOMENTS = ("start", "after warm-up", "end")  # at which gradients are compared over depth
+MOMENT_RECORDS = 3  # whose median stands for a moment after the start, of which there is one
+HOST_WARMUP_EPOCHS = 3.0
 
 
 class ReportError(ValueError):
@@ -98,6 +104,34 @@ class Entry:
     def score(self) -> float | None:
         """The metric as it counts."""
         return self.row.score
+
+    @cached_property
+    def depth_profile(self) -> pl.DataFrame:
+        """Gradient norm of each stage of the backbone at `MOMENTS`: `moment`, `stage`, `norm`.
+
+        A run that diverged has no end: what it came to says nothing about depth.
+        """
+        stages = backbone({stage_of(name) for name in self.layers["layer"].unique().to_list()})
+        stage = pl.col("layer").map_elements(stage_of, return_dtype=pl.Int64)
+        table = self.layers.with_columns(stage=stage).filter(pl.col("stage").is_in(stages))
+        warmup_epochs = float(self.run.args.get("warmup_epochs", HOST_WARMUP_EPOCHS))
+        warm = self.steps.filter(pl.col("epoch") >= warmup_epochs)["step"]
+        recorded = table["step"].unique().sort()
+        chosen = {"start": recorded.filter(recorded == 0)}
+        if len(warm):
+            chosen["after warm-up"] = recorded.filter(recorded >= warm.to_list()[0]).head(MOMENT_RECORDS)
+        if not self.diverged:
+            chosen["end"] = recorded.tail(MOMENT_RECORDS)
+        norms = [
+            table.filter(pl.col("step").is_in(steps.to_list()))
+            .group_by("stage")
+            .agg(norm=pl.col("grad_norm").median())
+            .sort("stage")
+            .select(pl.lit(moment).alias("moment"), "stage", "norm")
+            for moment, steps in chosen.items()
+            if len(steps)
+        ]
+        return pl.concat(norms) if norms else pl.DataFrame(schema=["moment", "stage", "norm"])
 
 
 # What became of a run ------------------------------------------------------------------------------------------------
@@ -346,9 +380,11 @@ class Comparison:
         values["rmst"] = survival
         values["clipped_share"] = _median(entry.row.clipped_share for entry in at_best)
         values["lr_eff"] = _median(entry.row.lr_eff for entry in at_best)
+        slopes = _depth_slopes(_shown_for_depth(runs))
         reasons = {name: estimate.reason for name, estimate in estimates.items() if estimate.reason}
         reasons |= {"divergence_rate": rate.reason} if rate.reason else {}
         reasons |= {"lr50": half.reason} if half.reason else {}
+        reasons |= {f"depth_slope.{name}": slope.reason for name, slope in slopes.items() if slope.reason}
         if stable is None:
             reasons["max_stable_lr"] = "a run diverged at the lowest learning rate" if runs else "no run that counts"
         if best["metric"] is None:
@@ -376,6 +412,7 @@ class Comparison:
             "max_stable_lr": stable,
             "lr50": {"value": half.value, "low": half.low, "high": half.high},
             **values,
+            "depth_slope": {name: {"value": e.value, "low": e.low, "high": e.high} for name, e in slopes.items()},
             "best": best,
             "seconds": sum(entry.row.seconds for entry in entries),
             "reasons": reasons,
@@ -539,6 +576,20 @@ class Comparison:
         ]
         return [(title, layers) for title, layers in chosen if len(layers)]
 
+    def depth_table(self) -> pl.DataFrame | None:
+        """Gradient norm of the backbone's stages by arm and moment: the median over the runs its slope is of."""
+        tables = []
+        for label in self.labels:
+            runs = _shown_for_depth([entry for entry in self.entries if entry.row.arm == label and entry.counts])
+            profiles = [entry.depth_profile for entry in runs]
+            if any(len(profile) for profile in profiles):
+                norms = pl.concat(profiles).group_by("moment", "stage").agg(pl.col("norm").median())
+                tables.append(norms.select(pl.lit(label).alias("arm"), "moment", "stage", "norm"))
+        if not tables:
+            return None
+        order = pl.col("moment").replace_strict({name: i for i, name in enumerate(MOMENTS)}, return_dtype=pl.Int64)
+        return pl.concat(tables).sort(order, "stage", maintain_order=True)
+
     @cached_property
     def sentence(self) -> str:
         """What the numbers say, in the order of the table."""
@@ -634,6 +685,23 @@ def _best(entries: list[Entry]) -> tuple[dict[str, float | None], list[Entry]]:
             best = {"lr0": lr0, "metric": median(scores), "low": min(scores), "high": max(scores)}
             at_best = here
     return best, at_best
+
+
+def _shown_for_depth(entries: list[Entry]) -> list[Entry]:
+    """Runs whose gradients over depth speak for an arm: those at its best learning rate, or at its lowest."""
+    _, at_best = _best(entries)
+    return at_best or [e for e in entries if e.row.lr0 == min(other.row.lr0 for other in entries)]
+
+
+def _depth_slopes(entries: list[Entry]) -> dict[str, Estimate]:
+    """Slope of ln gradient norm per stage of the backbone at each moment, with Student's interval over the seeds."""
+    slopes: dict[str, list[float]] = {moment: [] for moment in MOMENTS}
+    for entry in entries:
+        for (moment,), table in entry.depth_profile.group_by("moment"):
+            slope = stats.depth_slope(table["stage"].to_list(), table["norm"].to_list())
+            if slope is not None:
+                slopes[str(moment)].append(slope)
+    return {moment: stats.mean_over_seeds(found) for moment, found in slopes.items()}
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -15,6 +15,7 @@ import altair as alt
 import polars as pl
 
 __all__ = [
+    "depth_profile",
     "embedded",
     "javascript_bundle",
     "layer_norms",
@@ -467,9 +468,7 @@ def layer_norms(runs: list[tuple[str, pl.DataFrame]]) -> alt.VConcatChart:
     charts = []
     norms = pl.concat([layers["grad_norm"] for _, layers in runs])
     norms = norms.filter(norms.is_finite() & (norms > 0))
-    low, high = _extremes(norms) if len(norms) else (1.0, 1.0)
-    whole = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
-    powers = list(whole[:: max(1, math.ceil(len(whole) / 8))])
+    powers = _powers(norms)
     for name, layers in runs:
         order = sorted(layers["layer"].unique().to_list(), key=_stage)
         last = layers["step"].max()
@@ -502,6 +501,50 @@ def layer_norms(runs: list[tuple[str, pl.DataFrame]]) -> alt.VConcatChart:
     stacked = alt.vconcat(*charts, spacing=18).resolve_scale(color="shared").properties(title=title)
     styled: alt.VConcatChart = _styled(stacked)
     return styled
+
+
+def depth_profile(norms: pl.DataFrame) -> alt.FacetChart:
+    """Gradient norm over the depth of the backbone: a panel per moment, a line per arm.
+
+    Args:
+        norms: Columns `arm`, `moment`, `stage` and `norm`; panels and colours in the order of their first rows. Of more
+            than seven arms the first seven are shown.
+    """
+    arms = norms["arm"].unique(maintain_order=True).to_list()
+    moments = norms["moment"].unique(maintain_order=True).to_list()
+    shown = norms.filter(pl.col("arm").is_in(arms[:MOST_ARMS]), pl.col("norm").is_finite() & (pl.col("norm") > 0))
+    note = ["Before clipping; the input is to the left. A level line passes gradients on unchanged."]
+    if missing := len(norms.filter(pl.col("arm").is_in(arms[:MOST_ARMS]))) - len(shown):
+        note.append(f"Left out, being zero or not finite and so without a place on a log axis: {missing}.")
+    if len(arms) > MOST_ARMS:
+        note.append(f"{len(arms) - MOST_ARMS} further arms are not drawn here; the table has them.")
+    arms = arms[:MOST_ARMS]
+    legend = alt.Legend(title=None, orient="top", symbolStrokeWidth=3, labelLimit=0, columns=3, labelFontSize=12.5)
+    width = (COLUMNS_PX - 14 * (len(moments) - 1)) / max(1, len(moments))
+    y_axis = alt.Axis(labelExpr=_PLAIN, values=[10.0**power for power in _powers(shown["norm"])])
+    lines = (
+        alt.Chart()
+        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=26))
+        .encode(
+            x=alt.X("stage:O", title="stage of the backbone", axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("norm:Q", scale=alt.Scale(type="log", nice=False), title="gradient norm", axis=y_axis),
+            color=alt.Color("arm:N", scale=alt.Scale(domain=arms, range=_cycled(COLORS, len(arms))), legend=legend),
+            tooltip=[alt.Tooltip("arm:N"), alt.Tooltip("stage:O"), alt.Tooltip("norm:Q", format=".3g")],
+        )
+        .properties(width=width, height=240, data=_values(shown))
+    )
+    header = alt.Header(title=None, labelFontSize=12.5, labelFontWeight="bold")
+    column = alt.Column("moment:N", header=header, sort=moments)
+    heading = alt.Title("Gradient norm over depth", subtitle=note)
+    styled: alt.FacetChart = _styled(lines.facet(column=column, spacing=14).properties(title=heading))
+    return styled
+
+
+def _powers(norms: pl.Series) -> list[int]:
+    """Powers of ten among positive numbers, at most eight of them."""
+    low, high = _extremes(norms) if len(norms) else (1.0, 1.0)
+    whole = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
+    return list(whole[:: max(1, math.ceil(len(whole) / 8))])
 
 
 def _stage(name: str) -> tuple[int, str]:

@@ -141,6 +141,9 @@ def _charts(comparison: Comparison, most_points: int) -> dict[str, Any]:
     steps = comparison.steps_table()
     if steps is not None:
         charts["trajectories"] = figures.trajectories(steps, most_points=most_points)
+    depth = comparison.depth_table()
+    if depth is not None:
+        charts["depth"] = figures.depth_profile(depth)
     if layers := comparison.layer_tables():
         charts["layers"] = figures.layer_norms(layers)
     return charts

@@ -25,6 +25,7 @@ __all__ = [
     "clipped_share",
     "compare_paired",
     "compare_survival",
+    "depth_slope",
     "effective_lr",
     "holm",
     "jeffreys",
@@ -32,6 +33,7 @@ __all__ = [
     "lr50",
     "lr_sensitivity",
     "max_stable_lr",
+    "mean_over_seeds",
     "norm_summary",
     "quality_sensitivity",
     "rmst",
@@ -65,6 +67,26 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
     high: float | None = None
     num_seeds: int = 0
     reason: str | None = None
+
+
+# Depth ---------------------------------------------------------------------------------------------------------------
+
+
+def depth_slope(depths: Sequence[float], norms: Sequence[float | None]) -> float | None:
+    """Slope of ln norm over depth: the median of the slopes between all pairs (Theil 1950, Sen 1968).
+
+    Of gradient norms it is the mean-field rate of growth or decay (Schoenholz et al. 2017): below 0 they grow towards
+    the input, above 0 they fade towards it. Null for fewer than three positive, finite norms.
+
+    Example:
+        >>> round(depth_slope([0, 1, 2, 3], [8.0, 4.0, 2.0, 100.0]), 4)
+        0.0744
+    """
+    known = [(depth, math.log(norm)) for depth, norm in zip(depths, norms, strict=True) if norm and 0 < norm < math.inf]
+    if len(known) < 3:
+        return None
+    x, y = zip(*known, strict=True)
+    return float(stats.theilslopes(y, x).slope)
 
 
 # Rates of divergence -------------------------------------------------------------------------------------------------
@@ -442,7 +464,7 @@ def compare_paired(
         blocks_in_words = f"{len(blocks)} {'pair' if per_pair else 'seed'}{'' if len(blocks) == 1 else 's'}"
         reason = f"{blocks_in_words} cannot reach p < {1 - confidence:.2g}: the smallest p is {smallest:.3g}"
     return PairedComparison(
-        difference=_mean_over_seeds(means, confidence),
+        difference=mean_over_seeds(means, confidence),
         p_value=_sign_flip(blocks),
         smallest_p=smallest,
         num_pairs=len(pairs),
@@ -541,9 +563,12 @@ def _cells(lr0: Sequence[float], values: Sequence[Any]) -> dict[float, list[Any]
     return dict(sorted(cells.items()))
 
 
-def _mean_over_seeds(means: Array, confidence: float) -> Estimate:
-    """Student's interval over one number per seed."""
+def mean_over_seeds(means: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """Student's interval over one number per seed; those that are not finite are left out."""
+    means = _finite(means)
     _check_confidence(confidence)
+    if not len(means):
+        return Estimate(reason="no run has a value")
     count, value = len(means), float(means.mean())
     if count < 2:
         return Estimate(value=value, num_seeds=count, reason="one seed has no interval")

@@ -60,7 +60,7 @@ class Trackers:
 
 
 def _tensorboard(rows: Rows) -> None:
-    writer = getattr(sys.modules[f"{HOST}.tensorboard"], "WRITER", None)
+    writer: Any = getattr(sys.modules[f"{HOST}.tensorboard"], "WRITER", None)
     for row in rows if writer else ():
         for name, value in row.items():
             if name != "step":

@@ -14,8 +14,9 @@ from yolo_gradstab.diagnosis.case import Case, finite, stage_of, step_of
 from yolo_gradstab.diagnosis.finding import MOST_NAMED, Finding, Kind, Measured, counted
 from yolo_gradstab.guard import DEAD_STEPS, USUAL_SCALE
 from yolo_gradstab.localisation import FirstBad, listed
+from yolo_gradstab.stats import depth_slope
 
-__all__ = ["bad_init", "dead_layer", "depth"]
+__all__ = ["backbone", "bad_init", "dead_layer", "depth"]
 
 # Depth, at initialisation: logarithms of gradient norms of the backbone's stages against the head's. Healthy ones lie
 # from -0.6 to 4.7 (yolov5 to yolo26, sizes n to x); without normalisation they were -13 or +10.
@@ -55,15 +56,16 @@ def depth(case: Case) -> Iterator[Finding]:
         return
     overflown = _overflown(case)
     norms = {stage_of(name): norm for name, norm in first.select("layer", "grad_norm").iter_rows()}
-    backbone = _backbone(norms)
-    known = [i for i in backbone if norms[i] is not None and math.isfinite(norms[i]) and norms[i] > 0]
+    known = [i for i in backbone(norms) if norms[i] is not None and math.isfinite(norms[i]) and norms[i] > 0]
     head = norms.get(case.head) if case.head is not None else None
     start = float(case.loss[0]) if len(case.loss) else math.nan
     evidence: dict[str, Measured] = {}
     logs: list[float] = []
     if len(known) >= LEAST_STAGES and head and math.isfinite(head) and case.head not in known:
         logs = [math.log(norms[i] / head) for i in known]
-        evidence["slope of ln gradient per stage"] = Measured(_slope(known, logs), EXPECTED_SLOPE)
+        evidence["slope of ln gradient per stage"] = Measured(
+            depth_slope(known, [norms[i] for i in known]), EXPECTED_SLOPE
+        )
         largest, middle = math.exp(max(logs)), math.exp(float(np.median(logs)))
         evidence["gradient of a backbone stage over the head's, largest"] = Measured(largest, math.exp(DEPTH))
         evidence["gradient of a backbone stage over the head's, median"] = Measured(middle, math.exp(-DEPTH))
@@ -102,7 +104,7 @@ def _overflown(case: Case) -> FirstBad | None:
     return None
 
 
-def _backbone(stages: Iterable[int]) -> list[int]:
+def backbone(stages: Iterable[int]) -> list[int]:
     """Stages with parameters from the first up to the first without, which is where the neck begins."""
     consecutive = []
     for i, stage in enumerate(sorted(stages)):
@@ -110,12 +112,6 @@ def _backbone(stages: Iterable[int]) -> list[int]:
             break
         consecutive.append(stage)
     return consecutive
-
-
-def _slope(x: list[int], y: list[float]) -> float:
-    """Median of the slopes between all pairs (Theil 1950, Sen 1968)."""
-    pairs = ((i, j) for j in range(len(x)) for i in range(j))
-    return float(np.median([(y[j] - y[i]) / (x[j] - x[i]) for i, j in pairs]))
 
 
 def dead_layer(case: Case) -> Iterator[Finding]:
