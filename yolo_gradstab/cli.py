@@ -35,6 +35,7 @@ yolo-gradstab: Ultralytics YOLO training with gradients measured, clipped and re
   yolo-gradstab diagnose RUN [format=json]       what went wrong in a run, or in a checkpoint (.pt), in words
   yolo-gradstab replay INCIDENT [weights=last.pt|scratch]    rerun a captured batch and say where it first goes bad
   yolo-gradstab bench [format=json]              what a step costs, against stock and against how others log
+  yolo-gradstab checks [format=json]             versions, devices, what works here
   yolo-gradstab data check   coco=FILE.json images=DIR [task=detect|pose|segment] [format=json]
   yolo-gradstab data convert coco=FILE.json images=DIR out=DIR [task=...]              YOLO labels
   yolo-gradstab data sample  out=DIR [task=detect|pose] [images=96] [size=160] [seed=0]    a drawn set
@@ -596,8 +597,28 @@ _DATA: dict[str, Callable[[dict[str, Any]], int]] = {
     "convert": _data_convert,
     "sample": _data_sample,
 }
+
+
+def _checks(words: list[str]) -> int:
+    """Status 1 where something is not as tested: a program may ask before it trains."""
+    options = _options("checks", _pairs(words), required=(), optional={"format": "text"})
+    _choice("format", options["format"], ("text", "json"))
+    from yolo_gradstab.checks import run_checks
+
+    checks = run_checks()
+    if options["format"] == "json":
+        print(msgspec.json.format(msgspec.json.encode({"checks": checks})).decode())
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            sign = {True: "ok ", False: "?? ", None: "   "}[check.ok]
+            print(f"{sign}{check.name:<{width}}  {check.found}")
+    return int(any(check.ok is False for check in checks))
+
+
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": _bench,
+    "checks": _checks,
     "demo": _demo,
     "sweep": _sweep,
     "lr-range": _lr_range,

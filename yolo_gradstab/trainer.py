@@ -30,6 +30,7 @@ import numpy as np
 import torch
 import yaml
 from torch import Tensor
+from ultralytics import __version__ as host_version
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
@@ -54,6 +55,7 @@ from yolo_gradstab.guard import (
     is_look,
     matched_loss,
 )
+from yolo_gradstab.host import warning as host_warning
 from yolo_gradstab.incident import capture, labels_are_sound, one_line
 from yolo_gradstab.localisation import HUGE_PIXEL
 from yolo_gradstab.norms import (
@@ -847,6 +849,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._started_s = time.time()
         if RANK not in {-1, 0}:
             return
+        if said := host_warning(BaseTrainer, host_version):
+            LOGGER.warning(said)
         run = RunFolder(self.save_dir)
         run.create(self._config.to_dict())
         self._step_parts = PartWriter(run.steps, STEP_SCHEMA)
