@@ -6,7 +6,7 @@ BIN := .venv/bin
 export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 
-.PHONY: demo test test-slow test-gpu test-trackers faults lint bench gpu clean
+.PHONY: demo test test-slow test-gpu test-trackers fuzz faults lint bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/yolo-gradstab demo
@@ -24,6 +24,10 @@ test-gpu: .venv/ready
 test-trackers: .venv/ready
 	$(BIN)/$(INSTALL) --quiet -c constraints.txt --target .trackers tensorboard mlflow-skinny wandb
 	PYTHONPATH=$(CURDIR)/.trackers $(BIN)/pytest tests/test_trackers.py
+
+# Broken COCO files by the hundred thousand, guided by coverage where atheris installs.
+fuzz: .venv/ready
+	cd tests && ../$(BIN)/python -m trust.fuzz_coco inputs=100000
 
 # Faults injected into small real runs: does the first finding name them? About ten minutes on 2 cores.
 faults: .venv/ready

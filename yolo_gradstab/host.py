@@ -17,12 +17,12 @@ from typing import Any
 __all__ = ["TESTED", "changed_methods", "code_digest", "warning"]
 
 # Oldest and newest that the whole test suite has passed with.
-TESTED = {"ultralytics": ("8.4.180", "8.4.190"), "torch": ("2.11.0", "2.15.0"), "python": ("3.11", "3.12")}
+TESTED = {"ultralytics": ("8.4.190", "8.4.190"), "torch": ("2.11.0", "2.15.0"), "python": ("3.11", "3.12")}
 
 # Of the host's BaseTrainer; the code of every tested release.
 KNOWN = {
     "optimizer_step": {"41cd391419"},
-    "_do_train": {"2d46789899", "a656e8a6fb"},
+    "_do_train": {"2d46789899"},
     "_setup_train": {"d23485eb4c"},
     "_get_warmup_iterations": {"6e228cf8be"},
     "_handle_nan_recovery": {"f913a2f7d3"},
