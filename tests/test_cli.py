@@ -146,7 +146,7 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         ("detect train clip=agc clip.max_norm=1", 2, "clip.max_norm=1 belongs to policy norm and zclip"),
         ("detect train clip.exclude=[bias", 2, "unmatched '[' or ']' bracket"),
         ("detect train guard.spikes=skip", 2, "unknown key guard.spikes='skip'"),
-        ("detect train mitigations.init=none", 2, "unknown key mitigations.init"),
+        ("detect train mitigations.init=none", 2, "mitigations.init.method must be one of xavier_normal,"),
         ("detect train gradstab=missing.yaml", 2, "gradstab=missing.yaml: cannot be read"),
         ("detect train model={tiny} data=missing.yaml", 1, "'missing.yaml' does not exist"),
         ("detect train model=missing.yaml data={data}", 1, "'missing.yaml' does not exist"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from yolo_gradstab.config import CLIP_POLICIES, Config, ConfigError, NormClip, load_config, read_config_file
+from yolo_gradstab.config import CLIP_POLICIES, Config, ConfigError, Init, NormClip, load_config, read_config_file
 
 
 def test_the_default_is_stock() -> None:
@@ -20,6 +20,7 @@ def test_the_default_is_stock() -> None:
             "max_rollbacks": 3,
         },
         "telemetry": {"every": 1, "layers_every": 10},
+        "mitigations": {"normalization": None, "init": None, "residual": None, "activation": None},
     }
 
 
@@ -56,11 +57,33 @@ def test_later_layers_win() -> None:
 
 def test_what_yaml_makes_of_off_and_of_1e_3(tmp_path: Path) -> None:
     path = tmp_path / "gradstab.yaml"
-    path.write_text("guard: {nonfinite: off}\nclip: {policy: agc, eps: 1e-3}\nupdate_clip: 3e-2\n")
+    path.write_text(
+        "guard: {nonfinite: off}\nclip: {policy: agc, eps: 1e-3}\nupdate_clip: 3e-2\n"
+        "mitigations: {residual: off, normalization: none, init: {method: orthogonal, gain: 5e-1}}\n"
+    )
     config = load_config(read_config_file(path))
     assert config.guard.nonfinite == "off"
     assert config.to_dict()["clip"]["eps"] == 1e-3
     assert config.to_dict()["update_clip"]["max_ratio"] == 0.03
+    assert (config.mitigations.residual, config.mitigations.normalization) == ("off", "none")
+    assert config.mitigations.init == Init(method="orthogonal", gain=0.5)
+    assert load_config({"mitigations.residual": True}).mitigations.residual == "on"
+
+
+def test_an_initialisation_by_its_name_alone_has_the_default_gain() -> None:
+    file = {"mitigations": {"init": {"method": "orthogonal", "gain": 2}, "residual": "off"}}
+    orthogonal = Init(method="orthogonal")
+    assert load_config({"mitigations": {"init": "orthogonal"}}).mitigations.init == orthogonal
+    assert load_config(file, {"mitigations.init": "orthogonal"}).mitigations.init == orthogonal
+    assert load_config(file, {"mitigations.init.gain": 3}).mitigations.init == Init(method="orthogonal", gain=3)
+    assert load_config(file, {"mitigations.init": {"method": "xavier_normal"}}).mitigations.init == Init(
+        method="xavier_normal"
+    )
+    assert load_config(file, {"mitigations.init": None}).mitigations.init is None
+    assert load_config(file, {"mitigations.init": None}).mitigations.residual == "off"
+    assert load_config({"mitigations.init.gain": 3, "mitigations.init": "orthogonal"}).mitigations.init == Init(
+        method="orthogonal", gain=3
+    )
 
 
 def test_a_configuration_survives_being_saved() -> None:
@@ -75,7 +98,16 @@ def test_a_configuration_survives_being_saved() -> None:
         ({"guard.spikes": "skip"}, r"unknown key guard\.spikes='skip'; the nearest valid key is guard\.spike$"),
         ({"guard.backoff": 1.5}, r"guard\.backoff must be above 0 and at most 1, got 1\.5$"),
         ({"guard.max_rollbacks": -1}, r"guard\.max_rollbacks must be at least 0; .*, got -1$"),
-        ({"mitigations": {}}, r"unknown key mitigations=\{\}; valid keys are clip, "),
+        ({"init": "orthogonal"}, r"unknown key init='orthogonal'; valid keys are clip, "),
+        ({"mitigations": "group"}, r"mitigations must be a group of keys, got 'group'$"),
+        ({"mitigations.activaton": "relu"}, r"the nearest valid key is mitigations\.activation$"),
+        ({"mitigations.activation": "gelu"}, r"activation must be one of silu, .*, tanh, or null, got 'gelu'$"),
+        ({"mitigations.residual": "none"}, r"^mitigations\.residual must be one of on, off, or null, got 'none'$"),
+        ({"mitigations.init": "none"}, r"mitigations\.init\.method must be one of xavier_normal, .*, got 'none'$"),
+        ({"mitigations.init": "zero_residual", "mitigations.init.gain": 2}, r"init\.gain must be left out with method"),
+        ({"mitigations.init.gain": 2}, r"init\.method is required, e\.g\. mitigations\.init=orthogonal$"),
+        ({"mitigations.init": {"method": "orthogonal", "gain": 0}}, r"gain must be positive and finite, got 0\.0$"),
+        ({"mitigations.init.gian": 2}, r"unknown key mitigations\.init\.gian=2; .* key is mitigations\.init\.gain$"),
         ({"guard.nonfinit": "skip"}, r"nearest valid key is guard\.nonfinite$"),
         ({"clip": "agcc"}, r"clip\.policy must be one of none, norm, .*stabilizer, got 'agcc'$"),
         ({"clip": None}, r"^clip must name a policy, got nothing; give clip=none to turn clipping off$"),

@@ -48,6 +48,10 @@ Our keys, beside Ultralytics' own (also from a file: gradstab=FILE.yaml, which k
   guard.divergence=rollback|stop|off   guard.backoff=0.5   guard.max_rollbacks=3    a run that has diverged; default:
                                                                   back to a good state, rates times the backoff
   telemetry.every=1   telemetry.layers_every=10                   in optimizer steps
+  mitigations.normalization=batch|group|none   mitigations.residual=on|off   changes to the model before training;
+  mitigations.activation=silu|relu|leaky_relu|sigmoid|tanh                   default: none, the model as it is
+  mitigations.init=xavier_normal|xavier_uniform|kaiming_normal|kaiming_uniform|orthogonal|zero_residual
+  mitigations.init.gain=1.0
 """
 
 TASKS = ("detect", "pose")
@@ -166,7 +170,7 @@ def _training_arguments(words: list[str], also: Sequence[str] = ()) -> tuple[Con
             host[key] = True  # as in `yolo detect train resume`
         elif key == "gradstab":
             file = text
-        elif key.partition(".")[0] in {"clip", "update_clip", "guard", "telemetry"}:
+        elif key.partition(".")[0] in Config.__struct_fields__:
             ours[key] = _value(key, text)
         else:
             try:

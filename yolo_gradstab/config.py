@@ -24,6 +24,8 @@ __all__ = [
     "Config",
     "ConfigError",
     "Guard",
+    "Init",
+    "Mitigations",
     "Telemetry",
     "UpdateClip",
     "as_numbers",
@@ -194,6 +196,29 @@ class Telemetry(_Section, frozen=True, kw_only=True):
         _require(self, "layers_every", self.layers_every >= 1, "at least 1")
 
 
+class Init(_Section, frozen=True, kw_only=True):
+    """How weights are drawn; `gain` multiplies them."""
+
+    method: Literal[
+        "xavier_normal", "xavier_uniform", "kaiming_normal", "kaiming_uniform", "orthogonal", "zero_residual"
+    ]
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self, "gain", _positive(self.gain), "positive and finite")
+        allowed = "left out with method zero_residual, which draws nothing"
+        _require(self, "gain", self.gain == 1 or self.method != "zero_residual", allowed)
+
+
+class Mitigations(_Section, frozen=True, kw_only=True):
+    """Changes to the model before it is trained; what is null stays as the host builds it."""
+
+    normalization: Literal["batch", "group", "none"] | None = None
+    init: Init | None = None
+    residual: Literal["on", "off"] | None = None
+    activation: Literal["silu", "relu", "leaky_relu", "sigmoid", "tanh"] | None = None
+
+
 class Config(_Section, frozen=True, kw_only=True):
     """Everything that is ours in a training run. The default changes nothing about the training."""
 
@@ -201,6 +226,7 @@ class Config(_Section, frozen=True, kw_only=True):
     update_clip: UpdateClip | None = None
     guard: Guard = Guard()
     telemetry: Telemetry = Telemetry()
+    mitigations: Mitigations = Mitigations()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary, as it is written to `gradstab/config.yaml`."""
@@ -209,7 +235,13 @@ class Config(_Section, frozen=True, kw_only=True):
 
 
 _SHORTHANDS = {"clip", "update_clip"}  # keys that a single value may stand for
-_SECTIONS: dict[str, type[_Section]] = {"update_clip": UpdateClip, "guard": Guard, "telemetry": Telemetry}
+_SECTIONS: dict[str, type[_Section]] = {
+    "update_clip": UpdateClip,
+    "guard": Guard,
+    "telemetry": Telemetry,
+    "mitigations": Mitigations,
+    "mitigations.init": Init,
+}
 
 
 def config_keys() -> list[str]:
@@ -227,7 +259,8 @@ def load_config(*layers: dict[str, Any] | Config | None) -> Config:
 
     Args:
         layers: Mappings with nested (``{"clip": {"policy": "agc"}}``) or dotted (``{"clip.factor": 0.02}``) keys.
-            ``clip="agc"`` alone is that policy with its defaults, ``update_clip=0.03`` that ratio.
+            ``clip="agc"`` alone is that policy with its defaults, ``update_clip=0.03`` that ratio, and
+            ``mitigations={"init": "orthogonal"}`` that method.
 
     Raises:
         ConfigError: One line naming the key, the value, what is allowed and what to do.
@@ -246,6 +279,8 @@ def load_config(*layers: dict[str, Any] | Config | None) -> Config:
     _check_keys(merged)
     if isinstance(guard := merged.get("guard"), dict):  # an unquoted `off` is False to YAML 1.1
         merged["guard"] = {key: "off" if value is False else value for key, value in guard.items()}
+    if isinstance(mitigations := merged.get("mitigations"), dict) and isinstance(mitigations.get("residual"), bool):
+        merged["mitigations"] = {**mitigations, "residual": "on" if mitigations["residual"] else "off"}
     try:
         return msgspec.convert(merged, Config)
     except msgspec.ValidationError as error:
@@ -311,7 +346,7 @@ def _place(key: str, value: Any) -> dict[str, Any]:
     """``{"a": {"b": value}}`` for ``a.b``."""
     head, _, rest = key.partition(".")
     if rest:
-        return {head: _place(rest, value)}
+        value = _place(rest, value)
     if head == "clip" and not isinstance(value, dict):
         if value in (None, ""):  # an unset variable in `clip=$POLICY` must not turn clipping off
             raise ConfigError("clip must name a policy, got nothing; give clip=none to turn clipping off")
@@ -320,16 +355,20 @@ def _place(key: str, value: Any) -> dict[str, Any]:
         value = None
     elif head == "update_clip" and value is not None and not isinstance(value, dict):
         value = {"max_ratio": value}
+    elif head == "mitigations" and isinstance(value, dict) and not isinstance(value.get("init"), dict | None):
+        value = {**value, "init": {"method": value["init"], "gain": Init(method="orthogonal").gain}}
     return {head: value}
 
 
 def _merge(into: dict[str, Any], layer: dict[str, Any]) -> None:
-    """Overlay in place; a layer that names another policy starts that policy afresh."""
+    """Overlay in place; a layer that names another policy or method starts it afresh."""
     for key, value in layer.items():
         old = into.get(key)
         if isinstance(value, dict) and isinstance(old, dict):
             changes_policy = "policy" in value and value["policy"] != old.get("policy", "norm")
-            into[key] = dict(value) if changes_policy else {**old, **value}
+            changes_method = "method" in value and value["method"] != old.get("method")
+            into[key] = {} if changes_policy or changes_method else dict(old)
+            _merge(into[key], value)
         else:
             into[key] = dict(value) if isinstance(value, dict) else value
 
@@ -365,7 +404,7 @@ def _check_keys(merged: dict[str, Any]) -> None:
         for field in clip.keys() - {"policy", *CLIP_POLICIES[policy].__struct_fields__}:
             raise ConfigError(_foreign_field(field, clip[field], policy))
     for section, cls in _SECTIONS.items():
-        value = merged.get(section)
+        value = _at(section.split("."), merged)
         if isinstance(value, dict):
             for field in value.keys() - set(cls.__struct_fields__):
                 key = f"{section}.{field}"
@@ -401,11 +440,10 @@ def _explain(error: msgspec.ValidationError, merged: dict[str, Any]) -> str:
     dotted = ".".join(keys)
     if match := re.match(r"(\w+) must be (.*), got (.*)$", text):  # from a section's own check: the path ends at it
         return f"{dotted}.{match[1]} must be {match[2]}, got {match[3]}"
-    value: Any = merged
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else value
+    value = _at(keys, merged)
     if match := re.match(r"Object missing required field `(\w+)`", text):
-        return f"{dotted}.{match[1]} is required, e.g. {dotted}=0.03"
+        example = "orthogonal" if match[1] == "method" else "0.03"
+        return f"{dotted}.{match[1]} is required, e.g. {dotted}={example}"
     if match := re.match(r"Expected `(.+?)`, got `.+`", text):
         wanted = " or ".join(_KINDS.get(kind, kind) for kind in match[1].split(" | "))
         return f"{dotted} must be {wanted}, got {value!r}"
@@ -414,9 +452,21 @@ def _explain(error: msgspec.ValidationError, merged: dict[str, Any]) -> str:
     return f"{dotted}: {text}, got {value!r}"
 
 
+def _at(keys: list[str], merged: dict[str, Any]) -> Any:
+    """What stands under nested keys; at a key that is not there, or has no keys, what stands above it."""
+    value: Any = merged
+    for key in keys:
+        value = value.get(key) if isinstance(value, dict) else value
+    return value
+
+
 def _choices(keys: list[str], merged: dict[str, Any]) -> str:
-    section: type[_Section] = CLIP_POLICIES[merged["clip"]["policy"]] if keys[0] == "clip" else _SECTIONS[keys[0]]
-    kind = {field.name: field.type for field in msgspec.structs.fields(section)}[keys[1]]
+    is_clip = keys[0] == "clip"  # whose fields depend on the policy, and may be lists
+    section: type[_Section] = CLIP_POLICIES[merged["clip"]["policy"]] if is_clip else _SECTIONS[".".join(keys[:-1])]
+    name = keys[1] if is_clip else keys[-1]
+    kind = {field.name: field.type for field in msgspec.structs.fields(section)}[name]
+    may_be_null = type(None) in get_args(kind)
     while get_origin(kind) is not Literal:
         kind = get_args(kind)[0]
-    return ", ".join(str(choice) for choice in get_args(kind))
+    choices = ", ".join(str(choice) for choice in get_args(kind))
+    return f"{choices}, or null" if may_be_null else choices

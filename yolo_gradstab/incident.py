@@ -28,6 +28,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from yolo_gradstab.config import Mitigations
 from yolo_gradstab.localisation import FirstBad, localise_worst, unwrapped
 from yolo_gradstab.runs import replacing, versions
 
@@ -190,6 +191,7 @@ class ModelSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     Attributes:
         task: Key of `TASK_MODELS`.
         yaml: The host's model dictionary.
+        mitigations: What was changed in the model that the host builds from it.
         args: What the losses read of the host's arguments.
         autocast: The dtype of mixed precision.
         scale: By which the loss was multiplied (fp16).
@@ -203,6 +205,7 @@ class ModelSpec(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     task: str
     yaml: dict[str, Any]
     format: int = FORMAT
+    mitigations: Mitigations = Mitigations()
     args: dict[str, bool | int | float | None] = {}
     autocast: Literal["float16", "bfloat16"] | None = None
     scale: float = 1.0
@@ -398,6 +401,8 @@ def sha256_of(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
 def _spec(model: Any, *, task: str, autocast_dtype: torch.dtype | None, scale: float) -> ModelSpec:
     if task not in TASK_MODELS:
         raise ValueError(f"task {task} is not one of {', '.join(TASK_MODELS)}")
+    from yolo_gradstab.mitigations import structure_of
+
     args = model.args if isinstance(model.args, dict) else vars(model.args)
     weights = getattr(model, "class_weights", None)
     sigmas = getattr(model, "kpt_oks_sigmas", None)
@@ -405,6 +410,7 @@ def _spec(model: Any, *, task: str, autocast_dtype: torch.dtype | None, scale: f
     return ModelSpec(
         task=task,
         yaml={key: msgspec.to_builtins(model.yaml[key]) for key in YAML_KEYS if key in model.yaml},
+        mitigations=structure_of(model),
         args={name: args[name] for name in LOSS_ARGS if name in args},
         autocast=None if autocast_dtype is None else str(autocast_dtype).removeprefix("torch."),  # type: ignore[arg-type]
         scale=scale,

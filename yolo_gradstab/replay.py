@@ -123,6 +123,8 @@ def _build(spec: ModelSpec, path: Path, *, images: Sequence[int], labels: int) -
     from ultralytics.cfg import get_cfg
     from ultralytics.nn import tasks
 
+    from yolo_gradstab.mitigations import apply_mitigations_
+
     architecture = deepcopy(spec.yaml)
     if architecture.get("scales") and not architecture.get("scale"):
         architecture["scale"] = next(iter(architecture["scales"]))  # as the host would, with a warning
@@ -141,6 +143,7 @@ def _build(spec: ModelSpec, path: Path, *, images: Sequence[int], labels: int) -
         with seeded():
             build = getattr(tasks, TASK_MODELS[spec.task])
             model = build(architecture, ch=channels, verbose=False)
+            apply_mitigations_(model, spec.mitigations, generator=torch.Generator())
         model.args = get_cfg(overrides={name: math.nan if v is None else v for name, v in spec.args.items()})
         _set_up(model, spec)
     except Exception as error:

@@ -2,6 +2,7 @@
 
 Where our parts stand in the host's loop (`BaseTrainer._do_train`; ours in capitals)::
 
+    build the model                              MITIGATE it, then load any weights; optimizer and EMA come after
     for epoch:                                   CONTINUE a resumed epoch exactly
         for batch:
             warm-up sets lr, momentum, accumulate
@@ -39,7 +40,7 @@ from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_gradstab.clipping import Clipped, ClipPolicy, UpdateRatios, clip_update_, multiply_, update_ratios
 from yolo_gradstab.coco.dataset import build_coco_dataset, read_data_yaml, resolved_yaml
-from yolo_gradstab.config import Config, ConfigError, build_policy, load_config, read_config_file
+from yolo_gradstab.config import Config, ConfigError, Mitigations, build_policy, load_config, read_config_file
 from yolo_gradstab.diagnosis import last_words, records_of
 from yolo_gradstab.guard import (
     DEAD_STEPS,
@@ -58,6 +59,7 @@ from yolo_gradstab.guard import (
 from yolo_gradstab.host import warning as host_warning
 from yolo_gradstab.incident import capture, labels_are_sound, one_line
 from yolo_gradstab.localisation import HUGE_PIXEL
+from yolo_gradstab.mitigations import apply_mitigations_, structure_of
 from yolo_gradstab.norms import (
     FLOAT32_NORM_LIMIT,
     GradientNorms,
@@ -265,6 +267,32 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def plot_training_samples(self, batch: dict[str, Any], ni: int) -> None:
         """The host's, from a copy: it scales pixels and replaces labels in place, and an incident may keep them."""
         super().plot_training_samples({**batch, "img": batch["img"].clone()}, ni)
+
+    # The model -------------------------------------------------------------------------------------------------------
+
+    def get_model(self, cfg: Any = None, weights: torch.nn.Module | None = None, verbose: bool = True) -> Any:
+        """The host's model with our mitigations, made before any weights are loaded into it.
+
+        Raises:
+            ConfigError: They do not fit the model, or the weights.
+        """
+        wanted = self._config.mitigations
+        if weights is not None:
+            before = structure_of(weights)
+            wanted = before if self.resume else _fitting(wanted, before)
+        if wanted == Mitigations():
+            return super().get_model(cfg, weights, verbose)
+        model = super().get_model(cfg, None, verbose)
+        # Of the seed alone: every rank draws the same, and the order of the data is that of a run without.
+        changes = apply_mitigations_(model, wanted, generator=torch.Generator().manual_seed(self.args.seed))
+        if weights is not None:
+            model.load(weights)
+            if self.resume:
+                model.mitigations = weights.mitigations
+        if RANK in {-1, 0}:
+            for change in changes:
+                LOGGER.info(f"mitigations.{change.key}={change.value}: {_in_words(change.modules)}")
+        return model
 
     # The loop --------------------------------------------------------------------------------------------------------
 
@@ -864,6 +892,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._trackers = Trackers(self.callbacks)
         run.write_status(Status(step=self._step, versions=versions(), seconds=self._seconds_before))
         if self._step == 0:
+            for record in getattr(unwrap_model(self.model), "mitigations", []):
+                run.append_event({"event": "mitigation", "step": 0, **record})
             self._index_parameters()
             self._report_init()
 
@@ -1138,6 +1168,28 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
                 for _ in range(len(loader)):
                     loader.iterator._next_index()
             loader.generator.set_state(saved["loader"])
+
+
+def _fitting(wanted: Mitigations, before: Mitigations) -> Mitigations:
+    """The mitigations to be made for weights of a model that had others, if they go together."""
+    if wanted.init is not None:
+        raise ConfigError(
+            f"mitigations.init={wanted.init.method} would throw away the weights that are to be loaded; "
+            "give a model's YAML as model=, or leave mitigations.init out"
+        )
+    for key in ("residual", "normalization", "activation"):
+        had, has = getattr(before, key), getattr(wanted, key)
+        if had not in (None, has):
+            raise ConfigError(
+                f"mitigations.{key}={has or 'null'}, but the weights are of a model trained with "
+                f"mitigations.{key}={had}; give it so, or train from a model's YAML"
+            )
+    return wanted
+
+
+def _in_words(modules: list[str]) -> str:
+    shown = ", ".join(modules[:3]) + (", ..." if modules[3:] else "")
+    return f"{len(modules)} changed ({shown})" if modules else "nothing to change, the model is so already"
 
 
 def _our_state(ckpt: dict[str, Any] | None) -> dict[str, Any] | None:
