@@ -85,7 +85,7 @@ class Entry:
 
     def __init__(self, run: Run, trial: Trial | None) -> None:
         self.run = run
-        self.arm = trial.arm if trial else {key: run.config.get(key) for key in ("clip", "update_clip")}
+        self.arm = trial.arm if trial else _own_arm(run.config)
         self.steps, self.layers = run.steps, run.layers
         self.findings: list[Finding] | None = []  # most important first; none where records are damaged
         self.row = _row(run, trial, arm_label(run.config, self.arm))
@@ -251,6 +251,13 @@ def _best_metric(run: Run) -> float | None:
 # Arms ----------------------------------------------------------------------------------------------------------------
 
 
+def _own_arm(config: dict[str, Any]) -> dict[str, Any]:
+    """What a run of its own is told from others by."""
+    arm = {key: config.get(key) for key in ("clip", "update_clip")}
+    mitigations = {key: value for key, value in (config.get("mitigations") or {}).items() if value is not None}
+    return arm | ({"mitigations": mitigations} if mitigations else {})
+
+
 def arm_label(config: dict[str, Any], arm: dict[str, Any]) -> str:
     """A short name of what an arm does.
 
@@ -266,11 +273,20 @@ def arm_label(config: dict[str, Any], arm: dict[str, Any]) -> str:
     if bound := config.get("update_clip"):
         label += f" + update_clip {_short(bound['max_ratio'])}"
         label += "" if bound.get("follow_lr", True) else " constant"
-    others = {key: value for key, value in arm.items() if key.partition(".")[0] not in {"clip", "update_clip"}}
+    for key, value in (config.get("mitigations") or {}).items():
+        if value is not None:
+            label += f" + {key} {_init_label(value) if key == 'init' else value}"
+    ours = {"clip", "update_clip", "mitigations"}
+    others = {key: value for key, value in arm.items() if key.partition(".")[0] not in ours}
     if optimizer := others.pop("optimizer", None):
         label = f"{optimizer}, {label}"
     names = {"guard.divergence": "guard"}
     return label + "".join(f", {names.get(key, key)} {_short(value)}" for key, value in others.items())
+
+
+def _init_label(init: dict[str, Any]) -> str:
+    gain = init.get("gain", 1)
+    return str(init["method"]) + (f" {_short(float(gain))}" if gain != 1 else "")
 
 
 def _clip_label(clip: dict[str, Any]) -> str:
