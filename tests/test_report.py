@@ -204,6 +204,12 @@ def test_a_spike_that_healed_is_noted(tmp_path: Path) -> None:
         ({"update_clip": {"max_ratio": 0.1, "follow_lr": False}}, {}, "norm 10 + update_clip 0.1 constant"),
         ({}, {"optimizer": "AdamW", "guard.nonfinite": "stop"}, "AdamW, norm 10, guard.nonfinite stop"),
         ({}, {"optimizer": "SGD", "guard.divergence": "off"}, "SGD, norm 10, guard off"),
+        ({"mitigations.residual": False}, {"mitigations.residual": False}, "norm 10 + residual off"),
+        (
+            {"mitigations": {"init": {"method": "orthogonal", "gain": 0.5}, "normalization": "none"}},
+            {"mitigations.init": {"method": "orthogonal", "gain": 0.5}, "mitigations.normalization": "none"},
+            "norm 10 + normalization none + init orthogonal 0.5",
+        ),
     ],
 )
 def test_arm_labels(config: dict, arm: dict, label: str) -> None:

@@ -12,6 +12,7 @@ import yaml
 from test_executors import TRIAL
 
 from yolo_gradstab import sweep as sweep_module
+from yolo_gradstab.cli import _training_arguments
 from yolo_gradstab.config import ConfigError
 from yolo_gradstab.runs import RunError
 from yolo_gradstab.sweep import Spec, SweepError, check_files, plan, read_spec, read_trial, run_sweep
@@ -193,6 +194,22 @@ def test_a_sweep_ends_what_has_diverged_unless_told_otherwise() -> None:
         "guard.divergence=stop",
         "guard.divergence='off'",
     }
+
+
+def test_mitigations_make_arms_and_reach_the_command_line_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "spec.yaml"
+    grid = (
+        "{lr0: [0.1], mitigations.normalization: [null, none], mitigations.residual: [off], "
+        "mitigations.init: [{method: orthogonal, gain: 5e-1}]}"
+    )
+    path.write_text(yaml.safe_dump(SPEC | {"seeds": [0], "grid": "GRID"}).replace("GRID", grid))
+    trials = plan(read_spec(path), "out")
+    wanted = [{"residual": "off", "init": {"method": "orthogonal", "gain": 0.5}, "activation": None}] * 2
+    for trial, expected, normalization in zip(trials, wanted, (None, "none"), strict=True):
+        config, host = _training_arguments(trial.command[trial.command.index("train") + 1 :])
+        assert config.to_dict()["mitigations"] == expected | {"normalization": normalization}
+        assert not any(key.startswith("mitigations") for key in host)
+        assert trial.arm["mitigations.normalization"] == normalization
 
 
 def test_the_rate_is_the_hosts_where_none_is_given() -> None:

@@ -465,8 +465,8 @@ def _sequence(module: nn.Module, names: Iterable[str]) -> nn.Sequential:
 def _replace_(model: nn.Module, name: str, new: nn.Module) -> None:
     old = model.get_submodule(name)
     for attribute in ("i", "f", "type", "np"):  # by which the host finds the way through a model's stages
-        if hasattr(old, attribute):
-            setattr(new, attribute, getattr(old, attribute))
+        if attribute in vars(old):  # every module has a method `type`
+            setattr(new, attribute, vars(old)[attribute])
     new.train(old.training)
     model.set_submodule(name, new)
 
