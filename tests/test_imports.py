@@ -32,8 +32,9 @@ def test_the_numerics_load_torch_alone(module: str) -> None:
     assert loaded(module) == {"torch"}
 
 
-def test_the_trainer_loads_both() -> None:
-    assert loaded("yolo_gradstab.trainer") == {"torch", "ultralytics"}
+@pytest.mark.parametrize("module", ["yolo_gradstab.trainer", "yolo_gradstab.mitigations"])
+def test_the_trainer_loads_both(module: str) -> None:
+    assert loaded(module) == {"torch", "ultralytics"}
 
 
 def test_public_names_resolve() -> None:
