@@ -481,6 +481,7 @@ def test_resume_equals_the_uninterrupted_run_and_stock_reads_its_checkpoint(
     assert read_run(tmp_path / "parts").config["mitigations"]["normalization"] == mitigations["normalization"]
 
 
+@pytest.mark.slow
 def test_stock_resumes_what_its_yaml_can_say(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=3, val=False, data=str(drawn["detect"].yolo))
     ours = trainer_for("detect", mitigations={"activation": "relu", "init": "orthogonal"})
