@@ -464,9 +464,9 @@ def test_resume_equals_the_uninterrupted_run_and_stock_reads_its_checkpoint(
         tmp_path / "whole/weights/last.pt",
     )  # fmt: skip
     assert "equal True" in said
-    # normalisation changes the optimizer's groups, which the host loads first
     (refused,) = (line for line in said if line.startswith("refused"))
-    assert "parameter group that doesn't match" in refused
+    # without scales of norms the optimizer's groups differ, which the host loads first
+    assert ("parameter group that doesn't match" if mitigations["normalization"] == "none" else MARK) in refused
 
     resumed = YOLO(last)
     resumed.train(resume=True, trainer=trainer_for("detect"))  # with the run's own configuration
