@@ -35,7 +35,7 @@ CLAIMS = {
     """,
     "02_train_with_gradstab": """
         assert detect.status.outcome == pose.status.outcome == "completed"
-        assert len(detect.steps) == len(pose.steps) == 6
+        assert len(detect.steps) == len(pose.steps) == 3
         assert detect.config["update_clip"]["max_ratio"] == pose.config["update_clip"]["max_ratio"] == 0.03
         assert refused == 2
         assert trials["id"].to_list() == ["detect", "pose"]
