@@ -33,6 +33,10 @@ fuzz: .venv/ready
 faults: .venv/ready
 	cd tests && ../$(BIN)/python -m faults.run jobs=2
 
+# The notebooks again, from top to bottom on full settings, outputs and all; NOTEBOOKS=FILE for one. Ten minutes on 2 cores.
+notebooks: .venv/ready
+	$(BIN)/python notebooks/build.py $(NOTEBOOKS)
+
 lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .

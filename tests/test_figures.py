@@ -136,6 +136,21 @@ def test_depth_has_a_panel_per_moment_and_a_line_per_arm_and_says_what_has_no_pl
     assert figures.save(chart, tmp_path / "x.svg").read_text().startswith("<svg")
 
 
+def test_what_theory_expects_over_depth_is_dashed_and_what_is_measured_are_points() -> None:
+    rows = [
+        {"arm": arm, "moment": "start", "stage": stage, "norm": 1.1**stage, "theory": theory and theory**stage}
+        for arm, theory in (("a", 1.2), ("b", None))
+        for stage in range(3)
+    ]
+    drawn = figures.depth_profile(pl.DataFrame(rows), depth="layer").to_dict()
+    dashed, points = drawn["spec"]["layer"]
+    assert dashed["encoding"]["y"]["field"] == "theory" and dashed["mark"]["strokeDash"]
+    assert dashed["transform"] == [{"filter": "datum.theory > 0"}]  # an arm without one has no dashed line
+    assert points["encoding"]["y"]["field"] == "norm" and points["mark"]["type"] == "point"
+    assert points["encoding"]["x"]["title"] == "layer"
+    assert drawn["title"]["subtitle"][1:] == ["Points: measured. Dashed: what theory expects."]
+
+
 def test_a_range_test_shows_where_it_broke(tmp_path: Path) -> None:
     table = pl.DataFrame({"lr": [1e-4, 1e-3, 1e-2], "loss": [9.0, 8.0, None], "smoothed_loss": [9.0, 8.5, 40.0]})
     chart = figures.lr_range(table, lr_div=0.01, grid=[0.001, 0.01])

@@ -503,12 +503,13 @@ def layer_norms(runs: list[tuple[str, pl.DataFrame]]) -> alt.VConcatChart:
     return styled
 
 
-def depth_profile(norms: pl.DataFrame) -> alt.FacetChart:
+def depth_profile(norms: pl.DataFrame, *, depth: str = "stage of the backbone") -> alt.FacetChart:
     """Gradient norm over the depth of the backbone: a panel per moment, a line per arm.
 
     Args:
         norms: Columns `arm`, `moment`, `stage` and `norm`; panels and colours in the order of their first rows. Of more
-            than seven arms the first seven are shown.
+            than seven arms the first seven are shown. With a column `theory`, what is expected is dashed (null: none).
+        depth: What `stage` counts, where that is something else.
     """
     arms = norms["arm"].unique(maintain_order=True).to_list()
     moments = norms["moment"].unique(maintain_order=True).to_list()
@@ -518,21 +519,24 @@ def depth_profile(norms: pl.DataFrame) -> alt.FacetChart:
         note.append(f"Left out, being zero or not finite and so without a place on a log axis: {missing}.")
     if len(arms) > MOST_ARMS:
         note.append(f"{len(arms) - MOST_ARMS} further arms are not drawn here; the table has them.")
+    if "theory" in shown.columns:
+        note.append("Points: measured. Dashed: what theory expects.")
     arms = arms[:MOST_ARMS]
     legend = alt.Legend(title=None, orient="top", symbolStrokeWidth=3, labelLimit=0, columns=3, labelFontSize=12.5)
     width = (COLUMNS_PX - 14 * (len(moments) - 1)) / max(1, len(moments))
     y_axis = alt.Axis(labelExpr=_PLAIN, values=[10.0**power for power in _powers(shown["norm"])])
-    lines = (
-        alt.Chart()
-        .mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=26))
-        .encode(
-            x=alt.X("stage:O", title="stage of the backbone", axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("norm:Q", scale=alt.Scale(type="log", nice=False), title="gradient norm", axis=y_axis),
-            color=alt.Color("arm:N", scale=alt.Scale(domain=arms, range=_cycled(COLORS, len(arms))), legend=legend),
-            tooltip=[alt.Tooltip("arm:N"), alt.Tooltip("stage:O"), alt.Tooltip("norm:Q", format=".3g")],
-        )
-        .properties(width=width, height=240, data=_values(shown))
+    base = alt.Chart().encode(
+        x=alt.X("stage:O", title=depth, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        y=alt.Y("norm:Q", scale=alt.Scale(type="log", nice=False), title="gradient norm", axis=y_axis),
+        color=alt.Color("arm:N", scale=alt.Scale(domain=arms, range=_cycled(COLORS, len(arms))), legend=legend),
+        tooltip=[alt.Tooltip("arm:N"), alt.Tooltip("stage:O"), alt.Tooltip("norm:Q", format=".3g")],
     )
+    if "theory" in shown.columns:
+        expected = base.transform_filter("datum.theory > 0").encode(y="theory:Q")
+        layers = [expected.mark_line(strokeWidth=1.4, strokeDash=[5, 4]), base.mark_point(filled=True, size=22)]
+    else:
+        layers = [base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=26))]
+    lines = alt.layer(*layers, data=_values(shown)).properties(width=width, height=240)
     header = alt.Header(title=None, labelFontSize=12.5, labelFontWeight="bold")
     column = alt.Column("moment:N", header=header, sort=moments)
     heading = alt.Title("Gradient norm over depth", subtitle=note)
