@@ -432,6 +432,10 @@ def test_guard_stop_is_not_undone_by_the_host(drawn: dict[str, DrawnSet], tmp_pa
 # Divergence ----------------------------------------------------------------------------------------------------------
 
 
+# Of five seeds detection collapses with all, at steps 33 to 59; at the host's momentum it depends on the processor.
+LOST = {"epochs": 20, "lr0": 1.0, "momentum": 0.98, "warmup_epochs": 1, "val": False}
+
+
 @pytest.mark.parametrize(
     ("task", "clip", "kind"),
     [("detect", "none", "collapse"), ("detect", "norm", "collapse"), ("pose", "norm", "blowup")],
@@ -441,7 +445,7 @@ def test_a_run_that_diverges_for_real_is_stopped_there(
 ) -> None:
     """A rate far too high; the tiny model needs no injected fault."""
     cls = trainer_for(task, {"clip": clip, "guard.divergence": "stop"})
-    trainer = train(cls, drawn[task].arguments(tmp_path, name="run", epochs=20, lr0=1.0, warmup_epochs=1, val=False))
+    trainer = train(cls, drawn[task].arguments(tmp_path, name="run", **LOST))
     run = read_run(tmp_path / "run")
     (event,) = [event for event in run.events if event["event"] == "divergence"]
     said = (run.status.outcome, run.status.divergence, event["kind"], event["action"])
@@ -461,7 +465,7 @@ def test_a_divergence_is_noticed_where_nothing_stops_it(drawn: dict[str, DrawnSe
     """As in stock, the run goes to its end: finite, quiet, and at mAP 0."""
     train(
         trainer_for("detect", {"guard.divergence": "off"}),
-        drawn["detect"].arguments(tmp_path, name="run", epochs=20, lr0=1.0, warmup_epochs=1, val=False),
+        drawn["detect"].arguments(tmp_path, name="run", **LOST),
     )
     run = read_run(tmp_path / "run")
     assert (run.status.outcome, run.status.divergence) == ("diverged", "collapse")
