@@ -1,6 +1,7 @@
 """`yolo_gradstab.telemetry` and `.runs`: what is written is what is read, whatever interrupted it."""
 
 import math
+import random
 import time
 from pathlib import Path
 
@@ -69,6 +70,78 @@ def test_rows_reach_the_disk_within_the_flush_interval(tmp_path: Path, monkeypat
         monkeypatch.setattr(time, "monotonic", lambda step=step: now + step)
         writer.append([record(step).row()])
         assert len(read_parts(RunFolder(tmp_path).steps, STEP_SCHEMA)) >= step - PartWriter.FLUSH_S
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_small_parts_become_one_and_a_kill_meanwhile_repeats_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    """The kill comes after the merged part was renamed into place and before the small ones were removed."""
+    run = folder(tmp_path)
+    monkeypatch.setattr(PartWriter, "MERGE_ROWS", 20)
+    if killed:
+        monkeypatch.setattr(Path, "unlink", lambda path, missing_ok=False: None)
+    writer = PartWriter(run.steps, STEP_SCHEMA)
+    for step in range(53):
+        extra = {"losses": {"box": 1.0, "late": 0.1}} if step > 30 else {}
+        writer.append([record(step, **extra).row()])
+        if step % 7 == 6:
+            writer.flush()
+    writer.close()
+    if not killed:
+        assert sorted(path.stem for path in run.steps.iterdir()) == [
+            "000000000-000000020", "000000021-000000041", "000000042-000000052",
+        ]  # fmt: skip
+    steps = read_run(tmp_path).steps
+    assert steps["step"].to_list() == list(range(53))
+    assert steps["loss_late"].null_count() == 31
+    monkeypatch.undo()
+    again = PartWriter(run.steps, STEP_SCHEMA)
+    assert again.drop_from(30) == 23
+    again.append([record(step).row() for step in range(30, 33)])
+    again.close()
+    assert read_parts(run.steps, STEP_SCHEMA)["step"].to_list() == list(range(33))
+
+
+def test_parts_that_are_merged_while_they_are_read_are_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = folder(tmp_path)
+    writer = PartWriter(run.steps, STEP_SCHEMA)
+    for step in range(3):
+        writer.append([record(step).row()])
+        writer.flush()
+    read = pl.read_parquet
+
+    def late(path: Path) -> pl.DataFrame:
+        monkeypatch.setattr(pl, "read_parquet", read)
+        writer.close()
+        return read(path)
+
+    monkeypatch.setattr(pl, "read_parquet", late)
+    assert read_parts(run.steps, STEP_SCHEMA)["step"].to_list() == [0, 1, 2]
+
+
+def test_half_a_million_steps_fit_into_64_mb(tmp_path: Path) -> None:
+    """24 layers, the default cadence, values that do not compress, flushed every ten steps: bytes a step are all."""
+    run, draw = folder(tmp_path), random.Random(0).random
+    steps, layers = PartWriter(run.steps, STEP_SCHEMA), PartWriter(run.layers, LAYER_SCHEMA)
+    names = ("loss", "total_norm", "clip_coef", "time_s")
+    for step in range(4000):
+        losses = {name: draw() for name in ("box", "cls", "dfl")}
+        steps.append([record(step, losses=losses, **{name: draw() for name in names}).row()])
+        if step % 10 == 0:
+            numbers = ("grad_norm", "weight_norm", "update_ratio")
+            layers.append(
+                LayerRecord(step=step, layer=f"model.{i}", nonfinite=0, **{name: draw() for name in numbers}).row()
+                for i in range(24)
+            )
+            steps.flush()
+            layers.flush()
+    steps.close()
+    layers.close()
+    size = sum(path.stat().st_size for path in run.gradstab.rglob("*.parquet"))
+    assert 500_000 * size / 4000 < 64e6
 
 
 def test_a_resumed_run_drops_what_it_will_repeat(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Self
+from typing import NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._foreach_utils import _group_tensors_by_device_and_dtype
 
 from yolo_gradstab.norms import FLOAT32_NORM_LIMIT, GradientNorms, device_index, gradient_norms, gradients, tensor_norms
 
@@ -553,15 +554,16 @@ def _floors(shapes: tuple[tuple[int, int], ...], device: torch.device, dtype: to
 
 
 def multiply_(tensors: Sequence[Tensor], scale: Tensor) -> None:
-    """Multiply tensors in place by one scalar, or by one each, without reading it on the host."""
-    for device in {t.device for t in tensors}:
-        here = [i for i, t in enumerate(tensors) if t.device == device]
-        group = [tensors[i] for i in here]
+    """Multiply tensors in place by one scalar, or by one each, without reading it on an accelerator's host."""
+    if scale.ndim == 0 and scale.device.type == "cpu" and scale == 1:  # where looking costs nothing, it saves a pass
+        return
+    groups = _group_tensors_by_device_and_dtype([list(tensors)], with_indices=True)  # as torch's own clip does
+    for (device, _), ((group,), indices) in groups.items():
         if scale.ndim == 0:
-            torch._foreach_mul_(group, scale.to(device))
+            torch._foreach_mul_(cast("list[Tensor]", group), scale.to(device))
         else:
-            factors = scale.to(device)
-            torch._foreach_mul_(group, [factors[i] for i in here])
+            factors = scale.to(device).unbind()
+            torch._foreach_mul_(cast("list[Tensor]", group), [factors[i] for i in indices])
 
 
 def _sound(total_norm: Tensor) -> Tensor:

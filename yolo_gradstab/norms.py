@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class GradientNorms(NamedTuple):
 def gradients(parameters: Iterable[Tensor] | Tensor) -> list[Tensor]:
     """Gradients of the parameters that have one (frozen and unused parameters have none). Generators are read once."""
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
-    return [p.grad for p in parameters if p.grad is not None]
+    return [grad for p in parameters if (grad := p.grad) is not None]  # each read of `.grad` makes a Python object
 
 
 def tensor_norms(tensors: Sequence[Tensor], *, dtype: torch.dtype | None = None) -> Tensor:
@@ -104,11 +104,12 @@ def _grouped_norms(tensors: Sequence[Tensor], dtype: torch.dtype | None) -> tupl
         groups = _group_tensors_by_device_and_dtype([list(tensors)], with_indices=True)
         for (_, group_dtype), ((group,), indices) in groups.items():
             half = group_dtype in (torch.float16, torch.bfloat16)
-            present = [tensor for tensor in group if tensor is not None]  # all of them: torch types groups loosely
-            norms.extend(torch._foreach_norm(present, 2, dtype or (torch.float32 if half else None)))
+            tensors_here = cast("list[Tensor]", group)  # torch types groups loosely
+            norms.extend(torch._foreach_norm(tensors_here, 2, dtype or (torch.float32 if half else None)))
             order.extend(indices)
-        device = tensors[0].device
-        return torch.stack([norm.to(device) for norm in norms]), order
+        if len(groups) > 1:  # a hundred no-ops cost as much as a norm of a hundred tensors
+            norms = [norm.to(tensors[0].device) for norm in norms]
+        return torch.stack(norms), order
 
 
 @lru_cache(maxsize=64)

@@ -28,6 +28,7 @@ Imports neither torch nor ultralytics: a report is built from these files anywhe
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -107,6 +108,9 @@ STEP_SCHEMA = _schema(StepRecord)
 LAYER_SCHEMA = _schema(LayerRecord)
 
 
+_PART = re.compile(r"(\d+)-(\d+)")  # first and last step, of a part's name
+
+
 class PartWriter:
     """Append rows to a folder of Parquet parts, each written under a temporary name and renamed.
 
@@ -114,17 +118,22 @@ class PartWriter:
     the caller flushes before it stops adding rows for a while (validation). Parts are named by the first and last
     step they hold.
 
+    A part of a few rows is mostly Parquet's own footer, so small parts are replaced by one of `MERGE_ROWS` rows when
+    they hold that many. A kill between its rename and their removal leaves both; `read_parts` reads such rows once.
+
     Args:
         folder: Where the parts go; must exist.
         schema: Column types; further columns (loss components) are float64.
     """
 
     FLUSH_S = 2.0
+    MERGE_ROWS = 2000
 
     def __init__(self, folder: Path, schema: dict[str, type[pl.DataType]]) -> None:
         self._folder = folder
         self._schema = schema
         self._rows: list[dict[str, Any]] = []
+        self._small: dict[Path, pl.DataFrame] = {}  # parts that are still to be merged
         self._flushed_s = time.monotonic()
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
@@ -136,14 +145,29 @@ class PartWriter:
     def flush(self) -> None:
         """Write what has arrived since the last part."""
         self._flushed_s = time.monotonic()
-        if self._rows:
-            self._write(pl.DataFrame(self._rows, schema=_row_schema(self._rows, self._schema)))
-            self._rows = []
+        if not self._rows:
+            return
+        new = pl.DataFrame(self._rows, schema=_row_schema(self._rows, self._schema))
+        if len(new) + sum(len(part) for part in self._small.values()) >= self.MERGE_ROWS:
+            self._merge([*self._small.values(), new])
+        else:
+            self._small[self._write(new)] = new
+        self._rows = []
+
+    def close(self) -> None:
+        """Write the last rows, and merge what is left of small parts."""
+        self.flush()
+        if len(self._small) > 1:
+            self._merge(list(self._small.values()))
 
     def drop_from(self, step: int) -> int:
         """Remove the rows of this step and later ones (a resumed run repeats them); returns how many there were."""
+        self._small = {}  # which are others now
+        paths = _part_paths(self._folder)
+        for path in set(self._folder.glob("*.parquet")) - set(paths):
+            path.unlink()
         dropped = 0
-        for path in sorted(self._folder.glob("*.parquet"), reverse=True):
+        for path in reversed(paths):
             part = pl.read_parquet(path)
             keep = part.filter(pl.col("step") < step)
             dropped += len(part) - len(keep)
@@ -153,11 +177,19 @@ class PartWriter:
                     self._write(keep)
         return dropped
 
-    def _write(self, part: pl.DataFrame) -> None:
+    def _merge(self, parts: list[pl.DataFrame]) -> None:
+        merged = self._write(pl.concat(parts, how="diagonal_relaxed"))
+        for path in self._small:
+            if path != merged:
+                path.unlink(missing_ok=True)
+        self._small = {}
+
+    def _write(self, part: pl.DataFrame) -> Path:
         steps = part["step"].to_list()
-        name = f"{min(steps):09d}-{max(steps):09d}.parquet"
-        with replacing(self._folder / name) as temporary:
+        path = self._folder / f"{min(steps):09d}-{max(steps):09d}.parquet"
+        with replacing(path) as temporary:
             part.write_parquet(temporary, compression="zstd")
+        return path
 
 
 def _row_schema(rows: list[dict[str, Any]], schema: dict[str, type[pl.DataType]]) -> dict[str, type[pl.DataType]]:
@@ -167,10 +199,28 @@ def _row_schema(rows: list[dict[str, Any]], schema: dict[str, type[pl.DataType]]
 
 def read_parts(folder: Path, schema: dict[str, type[pl.DataType]]) -> pl.DataFrame:
     """All rows of a folder of parts, by step; an empty table with the schema's columns when there is none."""
-    parts = [pl.read_parquet(path) for path in sorted(folder.glob("*.parquet"))]
+    try:
+        parts = [pl.read_parquet(path) for path in _part_paths(folder)]
+    except FileNotFoundError:  # merged since they were listed, which does not happen again within a moment
+        parts = [pl.read_parquet(path) for path in _part_paths(folder)]
     if not parts:
         return pl.DataFrame(schema=schema)
     return pl.concat(parts, how="diagonal_relaxed").sort("step", maintain_order=True)
+
+
+def _part_paths(folder: Path) -> list[Path]:
+    """Parts in order of their first step, without small ones whose steps a merged one holds."""
+    spans = {path: _PART.fullmatch(path.stem) for path in folder.glob("*.parquet")}
+    paths = sorted(path for path, span in spans.items() if span is None)  # by another hand
+    reached = -1
+    for path, first, last in sorted(
+        ((path, int(span[1]), int(span[2])) for path, span in spans.items() if span),
+        key=lambda part: (part[1], -part[2]),
+    ):
+        if last > reached:
+            paths.append(path)
+            reached = last
+    return paths
 
 
 class Run:

@@ -969,7 +969,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._run = RunFolder(self.save_dir)
             self._run.create(self._config.to_dict())
         else:
-            for write in (self._drain, self._step_parts.flush, self._layer_parts.flush):
+            for write in (self._drain, self._step_parts.close, self._layer_parts.close):
                 try:
                     write()
                 except Exception as error:  # a broken device or a full disk must not hide how the run ended
