@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import numpy as np
 
 from yolo_gradstab.coco.annotations import CocoAnnotations, read_coco
 from yolo_gradstab.coco.images import check_images, find_images, image_folders
@@ -91,7 +92,6 @@ def check_coco(coco: str | Path, *, images: str | Path | Sequence[str | Path], t
 
 def make_report(coco: CocoAnnotations, labels: CocoLabels, *, problems: Sequence[str] = ()) -> CheckReport:
     """Account for a COCO file whose labels have been made."""
-    annotated = {annotation.image_id for annotation in coco.annotations}
     categories = sorted(coco.categories, key=lambda category: category.id)
     counts = zip(categories, labels.num_by_class, labels.num_used_by_class, strict=True)
     return CheckReport(
@@ -99,8 +99,8 @@ def make_report(coco: CocoAnnotations, labels: CocoLabels, *, problems: Sequence
         task=labels.task,
         images=len(coco.images),
         missing_images=len(coco.images) - len(labels.images),
-        images_without_annotations=sum(image.id not in annotated for image in coco.images),
-        background_images=sum(not len(image.classes) for image in labels.images),
+        images_without_annotations=int((np.bincount(coco.columns.image, minlength=len(coco.images)) == 0).sum()),
+        background_images=int((np.diff(labels.images.bounds) == 0).sum()),
         annotations=labels.num_annotations,
         used=labels.num_used,
         unused=labels.unused_by_reason(),

@@ -67,7 +67,7 @@ def convert_coco(
         task=task,
         out=str(folder),
         images=len(labels.images),
-        files=sum(bool(len(image.classes)) for image in labels.images),
+        files=int((np.diff(labels.images.bounds) > 0).sum()),
         unchanged=unchanged,
         annotations=labels.num_annotations,
         used=labels.num_used,

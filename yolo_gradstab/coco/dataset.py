@@ -175,10 +175,10 @@ def _check_layout(labels: CocoLabels, data: Mapping[str, Any], path: str) -> Non
         raise CocoError(f"{path}: keypoints have shape {labels.layout.shape}, but kpt_shape is {data['kpt_shape']}")
 
 
-def _first(images: list[ImageLabels], fraction: float | int) -> list[ImageLabels]:
+def _first(images: Sequence[ImageLabels], fraction: float | int) -> list[ImageLabels]:
     """Return the host's choice of a fraction: the first files in sorted order, a count or a share."""
     count = fraction if isinstance(fraction, int) else max(1, round(len(images) * fraction))
-    return images[:count]
+    return list(images[:count])
 
 
 def _host_label(image: ImageLabels) -> dict[str, Any]:
