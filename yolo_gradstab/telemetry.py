@@ -213,7 +213,7 @@ def _part_paths(folder: Path) -> list[Path]:
     spans = {path: _PART.fullmatch(path.stem) for path in folder.glob("*.parquet")}
     paths = sorted(path for path, span in spans.items() if span is None)  # by another hand
     reached = -1
-    for path, first, last in sorted(
+    for path, _, last in sorted(
         ((path, int(span[1]), int(span[2])) for path, span in spans.items() if span),
         key=lambda part: (part[1], -part[2]),
     ):
