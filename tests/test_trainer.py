@@ -827,8 +827,12 @@ class InterruptionError(Exception):
     [
         ("detect", {"clip": "zclip", "clip.warmup": 5, "update_clip": 0.03}, {"mosaic": 1.0}, 2),
         ("detect", {"clip": "autoclip"}, {"optimizer": "AdamW", "nbs": 12, "close_mosaic": 3}, 3),
+        # Without going back: a run that is about to, and is resumed first, goes back to its checkpoint (README, limits).
         pytest.param(
-            *("pose", {"clip": "tensor_ema", "clip.warmup": 6}, {"nbs": 20, "warmup_epochs": 1}, 1),
+            "pose",
+            {"clip": "tensor_ema", "clip.warmup": 6, "guard.divergence": "off"},
+            {"nbs": 20, "warmup_epochs": 1},
+            1,
             marks=pytest.mark.slow,
         ),
         pytest.param("detect", {"clip": "stabilizer"}, {"optimizer": "MuSGD"}, 1, marks=pytest.mark.slow),
