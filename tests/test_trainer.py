@@ -827,7 +827,7 @@ class InterruptionError(Exception):
     [
         ("detect", {"clip": "zclip", "clip.warmup": 5, "update_clip": 0.03}, {"mosaic": 1.0}, 2),
         ("detect", {"clip": "autoclip"}, {"optimizer": "AdamW", "nbs": 12, "close_mosaic": 3}, 3),
-        # Without going back: a run that is about to, and is resumed first, goes back to its checkpoint (README, limits).
+        # Without going back: a run that is about to, and is resumed first, goes back to its checkpoint (see README).
         pytest.param(
             "pose",
             {"clip": "tensor_ema", "clip.warmup": 6, "guard.divergence": "off"},
