@@ -6,7 +6,7 @@ BIN := .venv/bin
 export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 
-.PHONY: demo test test-slow test-gpu test-trackers fuzz faults lint bench gpu clean
+.PHONY: demo test test-slow test-gpu test-trackers fuzz faults lint bench bench-coco gpu clean
 
 demo: .venv/ready
 	$(BIN)/yolo-gradstab demo
@@ -44,6 +44,10 @@ lint: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/yolo-gradstab bench
+
+# Reading a COCO file as large as train2017, against pycocotools.
+bench-coco: .venv/ready
+	cd tests && ../$(BIN)/python -m coco.bench_reading
 
 # The learning-rate comparison at full size, for a machine with a GPU; see configs/gpu/README.md.
 # In .venv; or, with WHEELS=DIR and no network, in PYTHON's own environment with those wheels beside it.
