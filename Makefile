@@ -25,7 +25,7 @@ test-trackers: .venv/ready
 	$(BIN)/$(INSTALL) --quiet -c constraints.txt --target .trackers tensorboard mlflow-skinny wandb
 	PYTHONPATH=$(CURDIR)/.trackers $(BIN)/pytest tests/test_trackers.py
 
-# Broken COCO files by the hundred thousand, guided by coverage where atheris installs.
+# Broken COCO files by the hundred thousand; tests/trust/fuzz_coco.py says how they are guided by coverage.
 fuzz: .venv/ready
 	cd tests && ../$(BIN)/python -m trust.fuzz_coco inputs=100000
 

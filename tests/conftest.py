@@ -6,6 +6,7 @@ import os
 os.environ["YOLO_OFFLINE"] = "true"
 os.environ["YOLO_AUTOINSTALL"] = "false"
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,19 @@ class DrawnSet:
             "exist_ok": True,
             **more,
         }
+
+
+class InterruptionError(Exception):
+    """Stands for any end of the process between two epochs."""
+
+
+def train(cls: type, arguments: dict[str, Any], **callbacks: Callable[[Any], None]) -> Any:
+    """Train with a trainer class, and callbacks by their events."""
+    trainer = cls(overrides=dict(arguments))
+    for event, callback in callbacks.items():
+        trainer.add_callback(event, callback)
+    trainer.train()
+    return trainer
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MODELS, DrawnSet
+from conftest import MODELS, DrawnSet, InterruptionError, train
 from torch import Tensor, nn
 from ultralytics import YOLO
 from ultralytics.nn.modules.block import PSA, A2C2f, ABlock, Bottleneck, C3Ghost, GhostBottleneck, PSABlock, ResNetBlock
@@ -385,18 +385,6 @@ def test_blocks_with_connections_that_are_no_flags_may_stay() -> None:
 
 
 # In the trainer ------------------------------------------------------------------------------------------------------
-
-
-class InterruptionError(Exception):
-    """Stands for any end of the process between two epochs."""
-
-
-def train(cls: type, arguments: dict[str, Any], **callbacks: Callable[[Any], None]) -> Any:
-    trainer = cls(overrides=dict(arguments))
-    for event, callback in callbacks.items():
-        trainer.add_callback(event, callback)
-    trainer.train()
-    return trainer
 
 
 def interrupt(trainer: Any) -> None:

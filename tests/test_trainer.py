@@ -21,7 +21,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from conftest import DrawnSet
+from conftest import DrawnSet, InterruptionError, train
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
@@ -37,14 +37,6 @@ from yolo_gradstab.runs import RunFolder
 pytestmark = pytest.mark.filterwarnings("default")  # the host's own warnings are not ours to fail on
 
 STOCK = {"detect": DetectionTrainer, "pose": PoseTrainer}
-
-
-def train(cls: type, arguments: dict[str, Any], **callbacks: Callable[[Any], None]) -> Any:
-    trainer = cls(overrides=dict(arguments))
-    for event, callback in callbacks.items():
-        trainer.add_callback(event, callback)
-    trainer.train()
-    return trainer
 
 
 def assert_same_training(a: Any, b: Any) -> None:
@@ -816,10 +808,6 @@ def test_update_clip_out_of_reach_changes_nothing(drawn: dict[str, DrawnSet], tm
 
 
 # Interruption and resume ---------------------------------------------------------------------------------------------
-
-
-class InterruptionError(Exception):
-    """Stands for any end of the process between two epochs."""
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,11 @@ def _fail(error: Exception | str, status: int) -> int:
     return status
 
 
+def _print_json(value: Any) -> None:
+    """For programs; null for what is not finite."""
+    print(msgspec.json.format(msgspec.json.encode(value)).decode())
+
+
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in {"help", "-h", "--help"}:
         print(HELP, end="")
@@ -224,7 +229,7 @@ def _data_check(given: dict[str, Any]) -> int:
     _choice("format", options["format"], ("text", "json"))
     report = check_coco(options["coco"], images=options["images"], task=options["task"])
     if options["format"] == "json":
-        print(msgspec.json.format(msgspec.json.encode(report)).decode())
+        _print_json(report)
     else:
         _print_check(report)
     if report.problems:
@@ -411,7 +416,7 @@ def _diagnose(words: list[str]) -> int:
     path = words[0]
     findings = audit_checkpoint(path) if path.endswith(".pt") else diagnose(records_of(read_run(path)))
     if options["format"] == "json":
-        print(msgspec.json.format(msgspec.json.encode({"run": path, "findings": findings})).decode())
+        _print_json({"run": path, "findings": findings})
         return 0
     if all(finding.severity == "info" for finding in findings):
         print("Nothing wrong was found.")
@@ -524,6 +529,23 @@ DEMO_COLUMNS = {
 }
 
 
+def _checks(words: list[str]) -> int:
+    """Status 1 where something is not as tested: a program may ask before it trains."""
+    options = _options("checks", _pairs(words), required=(), optional={"format": "text"})
+    _choice("format", options["format"], ("text", "json"))
+    from yolo_gradstab.checks import run_checks
+
+    checks = run_checks()
+    if options["format"] == "json":
+        _print_json({"checks": checks})
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            sign = {True: "ok ", False: "?? ", None: "   "}[check.ok]
+            print(f"{sign}{check.name:<{width}}  {check.found}")
+    return int(any(check.ok is False for check in checks))
+
+
 def _bench(words: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
@@ -537,7 +559,7 @@ def _bench(words: list[str]) -> int:
         raise UsageError(f"bench: rounds must be a whole number of at least 10, got {options['rounds']!r}")
     result = run_bench(options["model"], rounds=options["rounds"])
     if options["format"] == "json":
-        print(msgspec.json.format(msgspec.json.encode(result)).decode())
+        _print_json(result)
         return 0
     machine = result["machine"]
     print(f"{machine['device']}, {machine['threads']} threads; {machine['tensors']} tensors, torch's clip and SGD = 1")
@@ -601,25 +623,6 @@ _DATA: dict[str, Callable[[dict[str, Any]], int]] = {
     "convert": _data_convert,
     "sample": _data_sample,
 }
-
-
-def _checks(words: list[str]) -> int:
-    """Status 1 where something is not as tested: a program may ask before it trains."""
-    options = _options("checks", _pairs(words), required=(), optional={"format": "text"})
-    _choice("format", options["format"], ("text", "json"))
-    from yolo_gradstab.checks import run_checks
-
-    checks = run_checks()
-    if options["format"] == "json":
-        print(msgspec.json.format(msgspec.json.encode({"checks": checks})).decode())
-    else:
-        width = max(len(check.name) for check in checks)
-        for check in checks:
-            sign = {True: "ok ", False: "?? ", None: "   "}[check.ok]
-            print(f"{sign}{check.name:<{width}}  {check.found}")
-    return int(any(check.ok is False for check in checks))
-
-
 _COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "bench": _bench,
     "checks": _checks,

@@ -17,7 +17,7 @@ import msgspec
 import polars as pl
 
 from yolo_gradstab import stats
-from yolo_gradstab.config import CLIP_POLICIES
+from yolo_gradstab.config import CLIP_POLICIES, Init
 from yolo_gradstab.diagnosis import Finding
 from yolo_gradstab.diagnosis.case import stage_of
 from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
@@ -111,8 +111,9 @@ class Entry:
 
         A run that diverged has no end: what it came to says nothing about depth.
         """
-        stages = backbone({stage_of(name) for name in self.layers["layer"].unique().to_list()})
-        stage = pl.col("layer").map_elements(stage_of, return_dtype=pl.Int64)
+        stage_by_name = {name: stage_of(name) for name in self.layers["layer"].unique().to_list()}
+        stages = backbone(set(stage_by_name.values()))
+        stage = pl.col("layer").replace_strict(stage_by_name, return_dtype=pl.Int64)
         table = self.layers.with_columns(stage=stage).filter(pl.col("stage").is_in(stages))
         warmup_epochs = float(self.run.args.get("warmup_epochs", HOST_WARMUP_EPOCHS))
         warm = self.steps.filter(pl.col("epoch") >= warmup_epochs)["step"]
@@ -275,18 +276,13 @@ def arm_label(config: dict[str, Any], arm: dict[str, Any]) -> str:
         label += "" if bound.get("follow_lr", True) else " constant"
     for key, value in (config.get("mitigations") or {}).items():
         if value is not None:
-            label += f" + {key} {_init_label(value) if key == 'init' else value}"
+            label += f" + {key} {Init(**value).label if key == 'init' else value}"
     ours = {"clip", "update_clip", "mitigations"}
     others = {key: value for key, value in arm.items() if key.partition(".")[0] not in ours}
     if optimizer := others.pop("optimizer", None):
         label = f"{optimizer}, {label}"
     names = {"guard.divergence": "guard"}
     return label + "".join(f", {names.get(key, key)} {_short(value)}" for key, value in others.items())
-
-
-def _init_label(init: dict[str, Any]) -> str:
-    gain = init.get("gain", 1)
-    return str(init["method"]) + (f" {_short(float(gain))}" if gain != 1 else "")
 
 
 def _clip_label(clip: dict[str, Any]) -> str:

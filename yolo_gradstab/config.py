@@ -209,6 +209,11 @@ class Init(_Section, frozen=True, kw_only=True):
         allowed = "left out with method zero_residual, which draws nothing"
         _require(self, "gain", self.gain == 1 or self.method != "zero_residual", allowed)
 
+    @property
+    def label(self) -> str:
+        """Its method, and its gain where that is not 1."""
+        return self.method + (f" {self.gain:g}" if self.gain != 1 else "")
+
 
 class Mitigations(_Section, frozen=True, kw_only=True):
     """Changes to the model before it is trained; what is null stays as the host builds it."""

@@ -513,9 +513,10 @@ def depth_profile(norms: pl.DataFrame, *, depth: str = "stage of the backbone") 
     """
     arms = norms["arm"].unique(maintain_order=True).to_list()
     moments = norms["moment"].unique(maintain_order=True).to_list()
-    shown = norms.filter(pl.col("arm").is_in(arms[:MOST_ARMS]), pl.col("norm").is_finite() & (pl.col("norm") > 0))
+    of_arms = norms.filter(pl.col("arm").is_in(arms[:MOST_ARMS]))
+    shown = of_arms.filter(pl.col("norm").is_finite() & (pl.col("norm") > 0))
     note = ["Before clipping; the input is to the left. A level line passes gradients on unchanged."]
-    if missing := len(norms.filter(pl.col("arm").is_in(arms[:MOST_ARMS]))) - len(shown):
+    if missing := len(of_arms) - len(shown):
         note.append(f"Left out, being zero or not finite and so without a place on a log axis: {missing}.")
     if len(arms) > MOST_ARMS:
         note.append(f"{len(arms) - MOST_ARMS} further arms are not drawn here; the table has them.")

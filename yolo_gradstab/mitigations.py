@@ -358,7 +358,7 @@ def _set_init_(model: nn.Module, init: Init, generator: torch.Generator) -> Chan
                 for block in weight.chunk(blocks):
                     _METHODS[init.method](block, init.gain, generator)
             drawn[name] = weight
-    return Change("init", init.method + (f" {init.gain:g}" if init.gain != 1 else ""), list(drawn))
+    return Change("init", init.label, list(drawn))
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, int]]:

@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from yolo_gradstab.incident import one_line
+
 __all__ = ["COLUMNS", "Trackers"]
 
 COLUMNS = ("total_norm", "clipped_norm", "clip_coef", "bounded_share", "loss", "lr")  # of a step, as `telemetry` has it
@@ -54,8 +56,7 @@ class Trackers:
                 send(rows)
             except Exception as error:  # whatever a tracker raises, a full disk or a lost connection
                 del self._senders[name]
-                said = " ".join(str(error).split()) or type(error).__name__
-                failed.append(f"{name}: steps are not logged to it any more ({said[:200]})")
+                failed.append(f"{name}: steps are not logged to it any more ({one_line(error)})")
         return failed
 
 

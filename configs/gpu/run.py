@@ -81,31 +81,31 @@ def main() -> int:
         for stage in stages:
             if time.monotonic() < deadline_s:
                 words = [f"seeds=[{seed}]", f"jobs={options['jobs']}", *passed]
-                run(stage, out, words, pose_images=int(options["pose_images"]), deadline_s=deadline_s)
+                run(stage, out, words, options, deadline_s=deadline_s)
                 gather(out, options, started_s)
     print(f"Results: {out / 'trials.json'}, steps.parquet, layers.parquet, machine.json; bench.json, throughput.json")
     return 0
 
 
-def run(stage: str, out: Path, words: list[str], *, pose_images: int, deadline_s: float) -> None:
+def run(stage: str, out: Path, words: list[str], options: dict[str, str], *, deadline_s: float) -> None:
     """One stage, or what is left of it, until the time is up."""
     if stage == "bench":
         if not (out / "bench.json").exists():
             model = next((word.partition("=")[2] for word in words if word.startswith("train.model=")), "yolo26n.yaml")
             python(BENCH, [model, str(out / "bench.json")], deadline_s)
     elif stage == "throughput":
-        measure_throughput(out, words, deadline_s)
+        measure_throughput(out, words, most=2 * int(options["jobs"]), deadline_s=deadline_s)
     else:
         spec, *changes = SWEEPS[stage]
-        words = [f"train.data={data_of(spec, out, pose_images)}", *changes, *words]  # the command line's come last
+        data = data_of(spec, out, int(options["pose_images"]))
+        words = [f"train.data={data}", *changes, *words]  # the command line's come last
         python(SWEEP, [str(HERE / f"{spec}.yaml"), str(out / stage), *words], deadline_s)
 
 
-def measure_throughput(out: Path, words: list[str], deadline_s: float) -> None:
-    """Trials an hour at 1, 2, 4, ... up to twice `jobs` at once; as many for each, so that none is left alone."""
+def measure_throughput(out: Path, words: list[str], *, most: int, deadline_s: float) -> None:
+    """Trials an hour at 1, 2, 4, ... up to `most` at once; as many for each, so that none is left alone."""
     path = out / "throughput.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    (most,) = (2 * int(word[5:]) for word in words if word.startswith("jobs="))
     while (jobs := 2 ** len(rows)) <= most:
         trials = TRIALS_PER_JOB * jobs
         ours = [f"train.data={data_of('drawn_pose', out, 96)}", "train.epochs=2", *words, "grid.lr0=[0.01]"]
