@@ -273,7 +273,7 @@ def test_gradients_over_depth_are_those_of_the_runs_at_the_best_rate(tmp_path: P
         def gradient(step: int, stage: int, seed: int = trial.seed, is_best: bool = is_best) -> float:
             slope = -(seed + 1.0) if step < 20 else 0.0 if step < 50 else 2.0
             # one odd record after warm-up, which the median of three leaves out
-            return math.exp((slope if is_best else 7.0) * stage) * (1e3**stage if step == 30 else 1.0)
+            return math.exp((slope if is_best else 7.0) * stage) * (1e3**stage if step == 20 else 1.0)
 
         more = {"args": {"warmup_epochs": 1.0}, "gradient": gradient, "epoch_steps": 20, "losses": [200.0] * 80}
         write_trial(folder, trial, metrics=[0.1, 0.4 if is_best else 0.2], **more)

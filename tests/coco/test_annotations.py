@@ -113,6 +113,7 @@ BOX_RULE = "a box is four finite numbers [x, y, width, height]"
         ({"area": math.nan}, f"{ANNOTATION}area: not a finite number"),
         ({"segmentation": [[1, math.nan]]}, f"{ANNOTATION}segmentation: not a finite number"),
         ({"image_id": 5}, "annotation 7: image_id 5 is not in `images` (1 such annotations)"),
+        ({"image_id": -1}, "annotation 7: image_id -1 is not in `images` (1 such annotations)"),
         ({"category_id": 5}, "annotation 7: category_id 5 is not in `categories` (1 such annotations)"),
         ({"id": "q"}, "annotation q (annotations[0]): id: expected `int`"),
         ({"id": 2**70}, "(annotations[0]): id: expected `int` <= 9223372036854775807"),
