@@ -924,6 +924,15 @@ def test_an_error_is_the_reason_of_a_failed_run(drawn: dict[str, DrawnSet], tmp_
     run = read_run(tmp_path / "run")
     assert (run.status.outcome, run.status.reason) == ("failed", "RuntimeError: the disk is gone")
     assert len(run.steps) == 4
+
+    def fail_within_the_epoch(trainer: Any) -> None:
+        if trainer._step == 3:
+            fail(trainer)
+
+    with pytest.raises(RuntimeError, match="the disk is gone"):
+        arguments = drawn["detect"].arguments(tmp_path, name="middle")
+        train(trainer_for("detect"), arguments, on_train_batch_end=fail_within_the_epoch)
+    assert len(read_run(tmp_path / "middle").steps) == 3  # what was still on the device is read at the end
     with pytest.raises(RuntimeError, match="the disk is gone"):
         train(trainer_for("detect"), drawn["detect"].arguments(tmp_path, name="early"), on_pretrain_routine_end=fail)
     assert read_run(tmp_path / "early").status.outcome == "failed"
