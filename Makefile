@@ -6,7 +6,7 @@ BIN := .venv/bin
 export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 
-.PHONY: demo test test-slow test-gpu test-trackers fuzz faults lint bench bench-coco gpu clean
+.PHONY: demo test test-slow test-gpu test-trackers fuzz faults notebooks lint bench bench-coco gpu clean
 
 demo: .venv/ready
 	$(BIN)/yolo-gradstab demo
@@ -42,8 +42,10 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The libraries that others log with stand beside .venv, for this alone: with them in it the host would log to one.
 bench: .venv/ready
-	$(BIN)/yolo-gradstab bench
+	$(BIN)/$(INSTALL) --quiet --target .peers --no-deps lightning lightning-utilities torchmetrics fsspec wandb
+	PYTHONPATH=$(CURDIR)/.peers $(BIN)/yolo-gradstab bench
 
 # Reading a COCO file as large as train2017, against pycocotools.
 bench-coco: .venv/ready
@@ -57,7 +59,7 @@ gpu: $(if $(WHEELS),,.venv/ready)
 	$(if $(WHEELS),$(PYTHON),$(BIN)/python) configs/gpu/run.py out=$(OUT) time_limit_s=$(TIME_LIMIT_S) $(if $(WHEELS),wheels=$(WHEELS))
 
 clean:
-	rm -rf .venv .trackers .pytest_cache .mypy_cache .ruff_cache .hypothesis demo gpu-out runs
+	rm -rf .venv .trackers .peers .pytest_cache .mypy_cache .ruff_cache .hypothesis demo gpu-out runs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from conftest import MODELS
+from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 
 from yolo_gradstab.bench import run_bench
@@ -18,10 +19,19 @@ TINY = str(MODELS / "yolo26-tiny.yaml")
 
 
 def test_every_case_has_its_figures_and_nothing_else_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "format=json", f"model={TINY}", "rounds=10"]) == 0
-    cases = {case["case"]: case for case in json.loads(capfd.readouterr().out)["cases"]}
-    assert cases.keys() >= {"clip_part", "optimizer_step", "update_clip", "per_parameter_item", "guard"}
-    for case in cases.values():
+    words = ["rounds=10", "blocks=3", "batch=[2,4]", "optimizer=AdamW", "imgsz=32"]
+    assert main(["bench", "format=json", f"model={TINY}", *words]) == 0
+    rows = json.loads(capfd.readouterr().out)["cases"]
+    cases = {case["case"]: case for case in rows}
+    others = {"per_parameter_item", "lightning_grad_norm", "composer_monitor", "histograms"}
+    assert cases.keys() >= {"clip_part", "optimizer_step", "update_clip", "guard", "train_step"} | others
+    steps = [(row["batch"], row["optimizer"], row["precision"]) for row in rows if row["case"] == "train_step"]
+    assert steps == [(2, "AdamW", "fp32"), (4, "AdamW", "fp32")]
+    assert {cases[name].get("source", "")[:10] for name in others - {"per_parameter_item"}} == {"arithmetic"}
+    sizes = [p.numel() for p in YOLO(TINY).model.parameters() if p.requires_grad]
+    assert (cases["clip_part"]["tensors"], cases["clip_part"]["parameters"]) == (len(sizes), sum(sizes))
+    assert 0 < cases["clip_part"]["read_ms"] < cases["clip_part"]["median_ms"]
+    for case in rows:
         assert 0 < case["low"] <= case["ratio"] <= case["high"]
         assert case["median_ms"] > 0
     # Weights and buffers of the model and its EMA, and SGD's momentum. The drawn set has three classes.
@@ -39,8 +49,28 @@ def test_the_guards_ratio_is_that_of_what_it_adds(monkeypatch: pytest.MonkeyPatc
         return take(*args, **kwargs)
 
     monkeypatch.setattr(Snapshot, "take", slow)
-    guard = next(case for case in run_bench(TINY, rounds=3)["cases"] if case["case"] == "guard")
+    guard = next(
+        case
+        for case in run_bench([TINY], rounds=3, blocks=1, batches=[2], imgsz=32)["cases"]
+        if case["case"] == "guard"
+    )
     assert guard["snapshot_ms"] == pytest.approx(2000, rel=0.05)
     off_ms = guard["median_ms"] - 2000 / 20
     assert guard["ratio"] == pytest.approx(guard["median_ms"] / off_ms, rel=0.05)
     assert guard["late_ratio"] == pytest.approx((off_ms + 2000 / 200) / off_ms, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ("rounds=3", "bench: rounds must be a whole number of at least 10, got 3"),
+        ("batch=[16,none]", "bench: batch must be a whole number of at least 1, or a list of them, got 'none'"),
+        ("optimizer=Adam", "bench: optimizer must be one of SGD, AdamW, MuSGD, got 'Adam'"),
+        ("precision=fp8", "bench: precision must be one of fp32, bf16, fp16, got 'fp8'"),
+        ("model=no-such.yaml", "bench: "),
+    ],
+)
+def test_what_cannot_be_timed_is_one_line(capfd: pytest.CaptureFixture[str], words: str, line: str) -> None:
+    assert main(["bench", words]) == 2
+    (said,) = capfd.readouterr().err.splitlines()
+    assert line in said

@@ -1,17 +1,32 @@
 """What a step costs, as ratios against stock's same part: both timed in turn in one process, many times.
 
-| case                 | ours                                                        | against                        |
-|----------------------|-------------------------------------------------------------|--------------------------------|
-| `clip_part`          | measure and clip at norm 10, per-tensor norms kept          | `clip_grad_norm_(params, 10)`  |
-| `clip_part_<policy>` | the same with that policy                                   | the same                       |
-| `per_parameter_item` | stock's clip after reading each norm with `.item()`         | the same                       |
-| `optimizer_step`     | measure, clip, SGD step                                     | clip, SGD step                 |
-| `update_clip`        | measure, clip, SGD step, bounded update and its ratios      | clip, SGD step                 |
-| `guard`              | a training step with the guard on                           | the same with the guard off    |
+| case                  | ours                                                        | against                        |
+|-----------------------|-------------------------------------------------------------|--------------------------------|
+| `clip_part`           | measure and clip at norm 10, per-tensor norms kept          | `clip_grad_norm_(params, 10)`  |
+| `clip_part_<policy>`  | the same with that policy                                   | the same                       |
+| `per_parameter_item`, | stock's clip after what others do to log every gradient     | the same                       |
+| `lightning_grad_norm`,| (`peers.py`)                                                |                                |
+| `composer_monitor`,   |                                                             |                                |
+| `histograms`          |                                                             |                                |
+| `optimizer_step`      | measure, clip, SGD step                                     | clip, SGD step                 |
+| `update_clip`         | measure, clip, SGD step, bounded update and its ratios      | clip, SGD step                 |
+| `guard`               | a training step with the guard on                           | the same with the guard off    |
+| `train_step`          | a step of a whole training run, default configuration       | the same of a stock run        |
+| `train_step_bounded`  | the same with `update_clip=0.03`                            | the same                       |
+
+`clip_part` also has `read_ms`: what reading as many bytes once, as one tensor, takes here; no measure of a gradient can
+cost less.
 
 The guard's step is the trainer's own: forward and backward pass of a real batch, made once for both, and
 `optimizer_step`. On means the watch at every step, a look at the model at every fifth and a snapshot at every
 twentieth, as after the first steps of a run; off means none of them.
+
+`train_step` is from the beginning of a batch to its end in the host's own loop, without loading the data: two whole
+training runs in one process, which take turns step by step. Their sums over twenty steps are compared, so that what is
+done at every tenth or twentieth step counts.
+
+On a GPU each case also has `syncs` and `stock_syncs`, how often the host waited for the device, `kernels` and
+`stock_kernels`, and `extra_mib`, the most memory that ours had beyond stock's.
 """
 
 from __future__ import annotations
@@ -21,23 +36,31 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from torch.profiler import DeviceType, ProfilerActivity, profile
 
+from yolo_gradstab import peers
 from yolo_gradstab.clipping import clip_update_
+from yolo_gradstab.coco.conversion import convert_coco
+from yolo_gradstab.coco.dataset import read_data_yaml
 from yolo_gradstab.coco.sample import draw_sample
 from yolo_gradstab.config import CLIP_POLICIES, clip_policy, load_config
 from yolo_gradstab.guard import DivergenceWatch
+from yolo_gradstab.lockstep import run_in_turns
 from yolo_gradstab.norms import gradient_norms
 from yolo_gradstab.runs import versions
 from yolo_gradstab.snapshot import LEAST_EVERY, MOST_EVERY
 from yolo_gradstab.trainer import TASKS, trainer_for
 
-__all__ = ["run_bench"]
+__all__ = ["PRECISIONS", "run_bench"]
 
 ROUNDS = 60
 WARMUP_ROUNDS = 5
@@ -47,21 +70,65 @@ GUARD_BATCH = 8  # images: a small batch, so that the guard's share is not flatt
 GUARD_IMGSZ = 320
 GUARD_STEP = 100  # from which on, past the first steps of a run, which are looked at one by one
 
+BLOCKS = 10  # of whole training steps
+BLOCK_STEPS = LEAST_EVERY  # so that each block holds all that is done at a cadence, early in a run
+PRECISIONS: dict[str, bool | str] = {"fp32": False, "bf16": "bf16", "fp16": True}  # and what the host calls them
 
-def run_bench(model: str = "yolo26n.yaml", *, rounds: int = ROUNDS) -> dict[str, Any]:
+
+def run_bench(
+    models: Iterable[str] = ("yolo26n.yaml",),
+    *,
+    rounds: int = ROUNDS,
+    blocks: int = BLOCKS,
+    batches: Iterable[int] = (16,),
+    imgsz: int = 160,
+    optimizers: Iterable[str] = ("SGD",),
+    precisions: Iterable[str] = ("fp32",),
+) -> dict[str, Any]:
     """Time every case on the device there is.
 
     Args:
-        model: An Ultralytics model YAML; its gradients are random.
+        models: Ultralytics model YAMLs; except in whole steps their gradients are random.
         rounds: Pairs of timings per case.
+        blocks: Pairs of blocks of `BLOCK_STEPS` whole training steps, for every batch size, optimizer and precision.
+        batches: Images per training step.
+        imgsz: Pixels of a training image's side.
+        optimizers: The host's names.
+        precisions: Of `PRECISIONS`; fp16 needs a GPU.
 
     Returns:
         ``{"machine": ..., "cases": [...]}``; a case's `ratio` is the median over rounds of ours / stock's, `low` and
         `high` its 95 % interval (of the median, from order statistics), `median_ms` our own time.
+
+    Raises:
+        ValueError: fp16 without a GPU.
     """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precisions = list(precisions)
+    if device.type == "cpu" and "fp16" in precisions:
+        raise ValueError("precision=fp16 needs a GPU; on a CPU Ultralytics trains in fp32 or bf16")
+    grid = list(product(batches, optimizers, precisions))
+    rows: list[dict[str, Any]] = []
+    for model in models:
+        task, own_rows = _step_parts(model, device, rounds)
+        rows += own_rows
+        if task not in TASKS:
+            continue
+        about = {"model": model, "device": device.type}
+        guard = _compare_guard(model, task, rounds=min(rounds, GUARD_ROUNDS))
+        rows.append({"case": "guard", **about, "precision": "fp32", **guard})
+        for batch, optimizer, precision in grid:
+            setting: dict[str, Any] = {"batch": batch, "optimizer": optimizer, "imgsz": imgsz}
+            for case, config in (("train_step", {}), ("train_step_bounded", {"update_clip": 0.03})):
+                figures = _compare_runs(model, task, config, amp=PRECISIONS[precision], blocks=blocks, **setting)
+                rows.append({"case": case, **about, "precision": precision, **setting, **figures})
+    return {"machine": _machine(device), "cases": rows}
+
+
+def _step_parts(model: str, device: torch.device, rounds: int) -> tuple[str, list[dict[str, Any]]]:
+    """The model's task; the cases between backward pass and next batch, on random gradients."""
     from ultralytics import YOLO
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _quiet():
         yolo = YOLO(model)
     network = yolo.model.to(device)
@@ -100,18 +167,121 @@ def run_bench(model: str = "yolo26n.yaml", *, rounds: int = ROUNDS) -> dict[str,
         optimizer.step()
         clip_update_(parameters, before, 0.03)
 
-    def per_parameter_item() -> None:
-        _ = [p.grad.norm().item() for p in parameters if p.grad is not None]
-        stock_clip()
+    def logged_by(log: Callable[[torch.nn.Module], Any]) -> Callable[[], None]:
+        def theirs() -> None:
+            log(network)
+            stock_clip()
 
-    cases = {"clip_part": (clip_norm, stock_clip), "per_parameter_item": (per_parameter_item, stock_clip)}
+        return theirs
+
+    logs = (peers.per_parameter_item, peers.lightning_grad_norm, peers.composer_monitor, peers.histograms)
+    cases = {"clip_part": (clip_norm, stock_clip)}
     cases |= {f"clip_part_{name}": (clip_with(name), stock_clip) for name in CLIP_POLICIES if name != "norm"}
+    cases |= {log.__name__: (logged_by(log), stock_clip) for log in logs}
     cases |= {"optimizer_step": (our_step, stock_step), "update_clip": (our_bounded_step, stock_step)}
     about = {"model": model, "device": device.type, "precision": "fp32"}
-    rows = [{"case": name, **about, **_compare(ours, stock, rounds)} for name, (ours, stock) in cases.items()]
-    if yolo.task in TASKS:
-        rows.append({"case": "guard", **about, **_compare_guard(model, yolo.task, rounds=min(rounds, GUARD_ROUNDS))})
-    return {"machine": _machine(device, len(parameters), sum(p.numel() for p in parameters)), "cases": rows}
+    rows = [
+        {"case": name, **about, **_compare(ours, stock, rounds), **_counts(ours, stock, device)}
+        for name, (ours, stock) in cases.items()
+    ]
+    by_case = {row["case"]: row for row in rows}
+    elements = sum(p.numel() for p in parameters)
+    by_case["clip_part"] |= {"tensors": len(parameters), "parameters": elements}
+    by_case["clip_part"]["read_ms"] = round(1e3 * _seconds_of_a_read(elements, device, rounds), 4)
+    for case, library in peers.LIBRARIES.items():
+        by_case[case]["source"] = peers.source(library)
+    return yolo.task, rows
+
+
+def _seconds_of_a_read(elements: int, device: torch.device, rounds: int) -> float:
+    """Median seconds of reading that many float32 numbers once, as the norm of one tensor."""
+    flat = torch.randn(elements, device=device)
+    times = [_seconds(lambda: torch.linalg.vector_norm(flat)) for _ in range(WARMUP_ROUNDS + rounds)]
+    return statistics.median(times[WARMUP_ROUNDS:])
+
+
+def _counts(ours: Callable[[], None], stock: Callable[[], None], device: torch.device) -> dict[str, float]:
+    """On a GPU: waits for the device, kernels launched, and memory beyond stock's; nothing elsewhere."""
+    if device.type != "cuda":
+        return {}
+    counts: dict[str, float] = {}
+    peak_mib = {}
+    for prefix, part in (("", ours), ("stock_", stock)):
+        with _counted_syncs() as syncs:
+            part()
+        counts[f"{prefix}syncs"] = len(syncs)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            part()
+            torch.cuda.synchronize()
+        ran = [event.name for event in profiled.events() if event.device_type == DeviceType.CUDA]
+        counts[f"{prefix}kernels"] = sum(not name.startswith(("Memcpy", "Memset")) for name in ran)
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        part()
+        peak_mib[prefix] = (torch.cuda.max_memory_allocated() - held) / 2**20
+    return counts | {"extra_mib": round(peak_mib[""] - peak_mib["stock_"], 2)}
+
+
+@contextmanager
+def _counted_syncs() -> Iterator[list[Any]]:
+    """Every wait for a CUDA device inside, as the warning that torch makes of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield caught
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def _compare_runs(
+    model: str,
+    task: str,
+    config: dict[str, Any],
+    *,
+    batch: int,
+    imgsz: int,
+    optimizer: str,
+    amp: bool | str,
+    blocks: int,
+) -> dict[str, float]:
+    """The figures of whole training steps, ours against stock's."""
+    from ultralytics import YOLO
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        stock = YOLO(model).task_map[task]["trainer"]
+        data = _draw_for_both(Path(folder) / "data", task, images=max(3 * batch, 12), size=imgsz)
+        arguments = {"model": model, "data": str(data), "imgsz": imgsz, "batch": batch, "nbs": batch, "amp": amp}
+        arguments |= {"optimizer": optimizer, "lr0": 1e-4, "workers": 0, "plots": False, "val": False, "save": False}
+        arguments |= {"epochs": 10**4, "close_mosaic": 0, "project": folder}
+        spent_s = run_in_turns(
+            {
+                "ours": lambda: trainer_for(task, config)(overrides={**arguments, "name": "ours"}),
+                "stock": lambda: stock(overrides={**arguments, "name": "stock"}),
+            },
+            steps=(blocks + 1) * BLOCK_STEPS,
+        )
+    sums = {
+        name: [sum(times[at : at + BLOCK_STEPS]) for at in range(BLOCK_STEPS, len(times), BLOCK_STEPS)]
+        for name, times in spent_s.items()
+    }
+    ratios = [ours / theirs for ours, theirs in zip(sums["ours"], sums["stock"], strict=True)]
+    return _figures(ratios, [1e3 * total / BLOCK_STEPS for total in sums["ours"]])
+
+
+def _draw_for_both(folder: Path, task: str, *, images: int, size: int) -> Path:
+    """A drawn set with label files, which the stock trainer reads too."""
+    read = read_data_yaml(draw_sample(folder, task=task, images=images, size=size), task)
+    assert read is not None  # it is COCO
+    data: dict[str, Any] = {key: value for key, value in read.items() if key in {"names", "kpt_shape", "flip_idx"}}
+    for split in ("train", "val"):
+        (coco,) = (folder / "annotations").glob(f"*_{split}.json")
+        convert_coco(coco, images=folder / "images" / split, out=folder / "labels" / split, task=task)
+        data[split] = f"images/{split}"
+    path = folder / "yolo.yaml"
+    path.write_text(yaml.safe_dump(data | {"path": str(folder)}), encoding="utf-8")
+    return path
 
 
 def _compare(ours: Callable[[], None], stock: Callable[[], None], rounds: int) -> dict[str, float]:
@@ -229,7 +399,6 @@ def _seconds(part: Callable[[], None]) -> float:
     return time.perf_counter() - started_s
 
 
-def _machine(device: torch.device, num_tensors: int, num_parameters: int) -> dict[str, Any]:
+def _machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    threads = {"threads": torch.get_num_threads(), "cores": os.cpu_count()}
-    return {"device": name, **threads, "tensors": num_tensors, "parameters": num_parameters, "versions": versions()}
+    return {"device": name, "threads": torch.get_num_threads(), "cores": os.cpu_count(), "versions": versions()}

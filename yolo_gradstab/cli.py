@@ -550,25 +550,59 @@ def _bench(words: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from yolo_gradstab.bench import run_bench
+    from yolo_gradstab.bench import PRECISIONS, run_bench
 
-    optional = {"format": "text", "model": "yolo26n.yaml", "rounds": 60}
+    optional = {"format": "text", "model": "yolo26n.yaml", "rounds": 60, "blocks": 10, "imgsz": 160}
+    optional |= {"batch": 16, "optimizer": "SGD", "precision": "fp32"}
     options = _options("bench", _pairs(words), required=(), optional=optional)
     _choice("format", options["format"], ("text", "json"))
-    if not isinstance(options["rounds"], int) or options["rounds"] < 10:
-        raise UsageError(f"bench: rounds must be a whole number of at least 10, got {options['rounds']!r}")
-    result = run_bench(options["model"], rounds=options["rounds"])
+    for key, least in (("rounds", 10), ("blocks", 3), ("imgsz", 32)):
+        if not isinstance(options[key], int) or options[key] < least:
+            raise UsageError(f"bench: {key} must be a whole number of at least {least}, got {options[key]!r}")
+    models, batches, optimizers, precisions = (
+        value if isinstance(value := options[key], list) else [value]
+        for key in ("model", "batch", "optimizer", "precision")
+    )
+    for batch in batches:
+        if not isinstance(batch, int) or batch < 1:
+            raise UsageError(f"bench: batch must be a whole number of at least 1, or a list of them, got {batch!r}")
+    for optimizer in optimizers:
+        _choice("bench: optimizer", optimizer, ("SGD", "AdamW", "MuSGD"))
+    for precision in precisions:
+        _choice("bench: precision", precision, tuple(PRECISIONS))
+    try:
+        result = run_bench(
+            models,
+            rounds=options["rounds"],
+            blocks=options["blocks"],
+            imgsz=options["imgsz"],
+            batches=batches,
+            optimizers=optimizers,
+            precisions=precisions,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"bench: {error}") from error
     if options["format"] == "json":
         _print_json(result)
         return 0
     machine = result["machine"]
-    print(f"{machine['device']}, {machine['threads']} threads; {machine['tensors']} tensors, torch's clip and SGD = 1")
+    print(f"{machine['device']}, {machine['threads']} threads; the same part of a stock step = 1")
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("case", "ratio", "low", "high", "median_ms"):
-        table.add_column(name, justify="left" if name == "case" else "right")
+    for name in ("model", "case", "ratio", "low", "high", "median_ms"):
+        table.add_column(name, justify="left" if name in {"model", "case"} else "right")
     for case in result["cases"]:
-        table.add_row(case["case"], *(f"{case[name]:.3f}" for name in ("ratio", "low", "high", "median_ms")))
+        setting = [str(case[key]) for key in ("batch", "optimizer", "precision") if "batch" in case]
+        figures = (f"{case[name]:.3f}" for name in ("ratio", "low", "high", "median_ms"))
+        table.add_row(Path(case["model"]).stem, " ".join([case["case"], *setting]), *figures)
     Console(highlight=False).print(table)
+    for case in result["cases"]:
+        if case["case"] == "clip_part":
+            print(
+                f"{Path(case['model']).stem}: {case['parameters']:,} weights in {case['tensors']} tensors; "
+                f"reading as many bytes once takes {case['read_ms']:.2f} ms"
+            )
+        if "source" in case:
+            print(f"{case['case']}: {case['source']}")
     for case in result["cases"]:
         if case["case"] == "guard":
             print(
