@@ -339,8 +339,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._gather()
         self._stepped, self._last_step_batch = True, self._batch
         self.scaler.unscale_(self.optimizer)
-        having = [i for i, p in enumerate(self._parameters) if p.grad is not None]
-        grads = [self._parameters[i].grad for i in having]
+        # Each read of `.grad` makes a Python object, so they are read once.
+        held = [(i, grad) for i, p in enumerate(self._parameters) if (grad := p.grad) is not None]
+        having, grads = [i for i, _ in held], [grad for _, grad in held]
         measured = gradient_norms(grads)
         total_norm, loss = self._read(measured.total_norm)
         sound = total_norm <= FLOAT32_NORM_LIMIT
@@ -806,8 +807,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
     def _looked(self, weights: Tensor, ratios: Tensor, *, measured: bool) -> Tensor:
         """A look at the model, still on the device: `update_ratio` (-1 if unknown), variance, norms, zero steps."""
-        variances = [b for n, b in unwrap_model(self.model).named_buffers() if n.endswith("running_var")]
-        variance = torch._foreach_norm(variances, math.inf) if variances else [weights.new_zeros(())]
+        variance = torch._foreach_norm(self._variances, math.inf) if self._variances else [weights.new_zeros(())]
         ratio = ratios[weights > 0].median() if measured else weights.new_full((), -1.0)
         first = torch.stack([ratio, torch.stack(tuple(variance)).max().to(ratio)])
         zero_steps = [] if self._zero_steps is None else [self._zero_steps.to(ratio)]
@@ -852,7 +852,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
     def _index_parameters(self) -> None:
         """List parameters once per epoch: building the lists costs as much as a norm, and a user may unfreeze some."""
-        named = list(unwrap_model(self.model).named_parameters())
+        model = unwrap_model(self.model)
+        self._variances = [buffer for name, buffer in model.named_buffers() if name.endswith("running_var")]
+        named = list(model.named_parameters())
         self._names = [name for name, _ in named]
         self._parameters = [p for _, p in named]
         groups = self.optimizer.param_groups
