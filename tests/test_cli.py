@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import polars as pl
 import pytest
@@ -12,7 +14,7 @@ import yaml
 from conftest import ROOT, DrawnSet
 
 from yolo_gradstab import read_run
-from yolo_gradstab.cli import main
+from yolo_gradstab.cli import UsageError, main
 
 pytestmark = pytest.mark.filterwarnings("default")  # the host's own warnings are not ours to fail on
 
@@ -126,6 +128,48 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert "yolo-gradstab detect train" in capsys.readouterr().out
     assert main(["--version"]) == 0
     assert capsys.readouterr().out.startswith("yolo-gradstab ")
+
+
+COMMANDS = (
+    "detect train", "pose train", "demo", "sweep", "lr-range", "report", "diagnose", "replay", "bench", "checks",
+    "data check", "data convert", "data sample",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_a_help_with_all_its_keys(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(f"yolo-gradstab {command} ")
+    assert main([*command.split(), "x=1", "-h"]) == 0
+    assert capsys.readouterr().out == said
+    keys: list[str] = []
+
+    def seen(name: str, given: dict[str, Any], *, required: Sequence[str], optional: dict[str, Any]) -> NoReturn:
+        keys.extend([*required, *optional])
+        raise UsageError(name)
+
+    if command in {"detect train", "pose train", "sweep", "lr-range"}:  # which take the host's keys as well
+        return
+    monkeypatch.setattr("yolo_gradstab.cli._options", seen)
+    positional = ["x"] if command in {"report", "diagnose", "replay"} else []
+    assert main([*command.split(), *positional]) == 2
+    assert keys
+    for key in keys:
+        assert re.search(rf"\b{key}=", said), key
+    assert set(re.findall(r"^  (\w+)=", said, re.MULTILINE)) == set(keys)
+
+
+def test_help_of_data_is_that_of_its_three(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--help"]) == 0
+    said = capsys.readouterr().out
+    assert [word for word in ("check", "convert", "sample") if f"yolo-gradstab data {word} " in said] == [
+        "check", "convert", "sample",
+    ]  # fmt: skip
+    assert main(["nonsense", "--help"]) == 0
+    assert capsys.readouterr().out.startswith("yolo-gradstab: Ultralytics YOLO training")
 
 
 # What users get wrong ------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ def loaded(module: str) -> set[str]:
         "yolo_gradstab.coco", "yolo_gradstab.guard", "yolo_gradstab.comparison",
         "yolo_gradstab.stats", "yolo_gradstab.executors", "yolo_gradstab.trial", "yolo_gradstab.diagnosis",
         "yolo_gradstab.incident", "yolo_gradstab.localisation", "yolo_gradstab.replay",
-        "yolo_gradstab.audit", "yolo_gradstab.trackers",
+        "yolo_gradstab.audit", "yolo_gradstab.trackers", "yolo_gradstab.usage",
     ],
 )  # fmt: skip
 def test_reading_results_loads_neither_torch_nor_the_host(module: str) -> None:

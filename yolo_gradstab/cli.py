@@ -19,40 +19,9 @@ import msgspec
 import yaml
 
 from yolo_gradstab.config import Config, ConfigError, as_numbers, config_keys, load_config, nearest, read_config_file
+from yolo_gradstab.usage import HELP, help_of
 
 __all__ = ["main"]
-
-HELP = """\
-yolo-gradstab: Ultralytics YOLO training with gradients measured, clipped and recorded
-
-  yolo-gradstab detect train data=... model=yolo26n.yaml lr0=0.01 clip=agc      every Ultralytics argument works
-  yolo-gradstab pose   train data=... model=yolo26n-pose.yaml
-  yolo-gradstab demo [out=demo]                  sample data, detect and pose runs over learning rates, a report
-  yolo-gradstab sweep SPEC.yaml [out=DIR] [retry=failed] [key=value ...]    run or continue a sweep, then its report
-  yolo-gradstab lr-range task=detect data=... model=... optimizer=SGD    bracket the stable learning rates
-                         [lr_min=1e-5] [lr_max=1] [steps=150] [out=runs/lr_range]
-  yolo-gradstab report DIR [DIR ...] [out=DIR]   report.html, report.md, summary.json, trials.csv
-  yolo-gradstab diagnose RUN [format=json]       what went wrong in a run, or in a checkpoint (.pt), in words
-  yolo-gradstab replay INCIDENT [weights=last.pt|scratch]    rerun a captured batch and say where it first goes bad
-  yolo-gradstab bench [format=json]              what a step costs, against stock and against how others log
-  yolo-gradstab checks [format=json]             versions, devices, what works here
-  yolo-gradstab data check   coco=FILE.json images=DIR [task=detect|pose|segment] [format=json]
-  yolo-gradstab data convert coco=FILE.json images=DIR out=DIR [task=...]              YOLO labels
-  yolo-gradstab data sample  out=DIR [task=detect|pose] [images=96] [size=160] [seed=0]    a drawn set
-
-Our keys, beside Ultralytics' own (also from a file: gradstab=FILE.yaml, which keys on the line override):
-  clip=none|norm|value|agc|autoclip|zclip|tensor_ema|stabilizer   clip.FIELD=...   default: norm 10, as stock
-  update_clip=0.03   update_clip.follow_lr=true                   largest relative step of a tensor; default: off
-  guard.nonfinite=skip|stop|off                                   a step with a NaN or inf gradient; default: skip
-  guard.spike=off|clip|skip                                       a norm far above the run's own; default: off
-  guard.divergence=rollback|stop|off   guard.backoff=0.5   guard.max_rollbacks=3    a run that has diverged; default:
-                                                                  back to a good state, rates times the backoff
-  telemetry.every=1   telemetry.layers_every=10                   in optimizer steps
-  mitigations.normalization=batch|group|none   mitigations.residual=on|off   changes to the model before training;
-  mitigations.activation=silu|relu|leaky_relu|sigmoid|tanh                   default: none, the model as it is
-  mitigations.init=xavier_normal|xavier_uniform|kaiming_normal|kaiming_uniform|orthogonal|zero_residual
-  mitigations.init.gain=1.0
-"""
 
 TASKS = ("detect", "pose")
 
@@ -93,6 +62,9 @@ def _print_json(value: Any) -> None:
 def _dispatch(words: list[str]) -> int:
     if not words or words[0] in {"help", "-h", "--help"}:
         print(HELP, end="")
+        return 0
+    if not {"-h", "--help"}.isdisjoint(words):
+        print(help_of(words), end="")
         return 0
     if words[0] in {"version", "--version"}:
         print(f"yolo-gradstab {metadata.version('yolo-gradstab')}")
