@@ -259,6 +259,25 @@ def test_the_rate_is_lowered_as_often_as_the_largest_update_calls_for(
     assert watch.num_backoffs(backoff) == number
 
 
+@pytest.mark.parametrize(
+    ("looks", "applied_norm", "number"),
+    [
+        (20, 400.0, 1),  # 0.4 is 0.01 for a gradient 40 times its median: the 0.02 before it says more
+        (20, 20.0, 6),  # a gradient twice its median is no spike: 2**6 > 0.4 / 0.01
+        (19, 400.0, 6),  # too few to know a median
+        (20, None, 6),
+        (20, math.inf, 6),
+    ],
+)
+def test_a_rate_is_not_blamed_for_a_gradient_that_grew(looks: int, applied_norm: float | None, number: int) -> None:
+    watch = HealthWatch()
+    model = {"weight_norms": {"model.0": 1.0}, "running_var": 1.0}
+    for step in range(looks):
+        watch.look(step, **model, update_ratio=0.02, applied_norm=10.0)
+    watch.look(looks, **model, update_ratio=0.4, applied_norm=applied_norm)
+    assert watch.num_backoffs(0.5) == number
+
+
 # Spikes
 
 LOGS = np.random.default_rng(0).normal(scale=0.3, size=60)

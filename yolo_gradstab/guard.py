@@ -282,10 +282,17 @@ class HealthWatch(msgspec.Struct):
     steps: list[int] = msgspec.field(default_factory=list)  # of the last looks, oldest first
     weight_norms: list[dict[str, float]] = msgspec.field(default_factory=list)
     running_vars: list[float] = msgspec.field(default_factory=list)
-    highest_ratio: float = 0.0  # of the median updates that were measured
+    applied_norms: list[float] = msgspec.field(default_factory=list)  # at the last looks
+    highest_ratio: float = 0.0  # of the median updates that were measured, as far as the rate made them
 
     def look(
-        self, step: int, *, weight_norms: dict[str, float], running_var: float, update_ratio: float | None = None
+        self,
+        step: int,
+        *,
+        weight_norms: dict[str, float],
+        running_var: float,
+        update_ratio: float | None = None,
+        applied_norm: float | None = None,
     ) -> Unrest | None:
         """Compare the model with how it was a number of steps before, or at the start if that is nearer.
 
@@ -294,13 +301,16 @@ class HealthWatch(msgspec.Struct):
             weight_norms: Per layer.
             running_var: The largest of the model's BatchNorm variances.
             update_ratio: Median over the layers of the update's norm over the weights', where it was measured.
+            applied_norm: Of the gradient that the optimizer was given, after clipping, where it is known.
         """
         old = sum(1 for seen in self.steps if seen < step - UNREST_GROWTH[-1][0])
         self.steps = [*self.steps[old:], step]
         self.weight_norms = [*self.weight_norms[old:], weight_norms]
         self.running_vars = [*self.running_vars[old:], running_var]
-        if update_ratio is not None and not update_ratio <= self.highest_ratio:
-            self.highest_ratio = math.inf if math.isnan(update_ratio) else update_ratio
+        if update_ratio is not None:
+            by_rate = update_ratio / self._rise(applied_norm)
+            if not by_rate <= self.highest_ratio:
+                self.highest_ratio = math.inf if math.isnan(by_rate) else by_rate
         for steps, limit in UNREST_GROWTH:
             before = self.weight_norms[self._index(step - steps)]
             growth = {name: norm / before[name] for name, norm in weight_norms.items() if before.get(name, 0.0) > 0}
@@ -319,11 +329,19 @@ class HealthWatch(msgspec.Struct):
         """Of the earliest look at this step or later."""
         return next(i for i, seen in enumerate(self.steps) if seen >= step)
 
+    def _rise(self, applied_norm: float | None) -> float:
+        """How many times the gradient is above its median, 1 if it is no spike; an update is as much larger by that."""
+        if applied_norm is None or not math.isfinite(applied_norm):
+            return 1.0
+        past, self.applied_norms = self.applied_norms, [*self.applied_norms[1 - SPIKE_WINDOW :], applied_norm]
+        rise = applied_norm / middle if len(past) >= SPIKE_HISTORY and (middle := median(past)) > 0 else 1.0
+        return rise if rise > SPIKE_RISE else 1.0
+
     def num_backoffs(self, backoff: float) -> int:
         """How many times the rate is to be lowered by `backoff`, at least once, for updates that a run can bear.
 
-        An update is proportional to the rate where the gradient is clipped or the optimizer adaptive, so that the
-        largest that was seen says how much lower the rate must be.
+        An update is proportional to the rate, so that the largest that was seen says how much lower the rate must be;
+        it is proportional to the gradient too, where nothing clips that, and what is due to its growth is left out.
         """
         if not self.highest_ratio > BEARABLE_RATIO or backoff == 1:
             return 1
