@@ -278,6 +278,26 @@ def test_a_rate_is_not_blamed_for_a_gradient_that_grew(looks: int, applied_norm:
     assert watch.num_backoffs(0.5) == number
 
 
+def risen(losses: list[float]) -> bool:
+    watch = HealthWatch()
+    for loss in losses:
+        watch.add_loss(loss)
+    return watch.loss_has_risen
+
+
+def test_a_loss_that_has_risen() -> None:
+    assert not risen([1.0] * 19 + [3.0])  # their mean is the first, 1.1, and so the lowest
+    assert risen([1.0] * 20 + [3.0])
+    assert not risen([1.0] * 20 + [1.9])  # 1.045
+    assert risen([1.0] * 40 + [1.06] * 20)
+    assert not risen([1.0] * 40 + [1.04] * 20)
+    assert not risen([1.0] * 40 + [1.06] * 420)  # that is how it is now
+    assert not risen([3.0] * 20 + [2.0] * 20)
+    assert not risen([1.0] * 20 + [math.nan, math.inf] * 20)
+    assert not risen([-1.0] * 20 + [2.0] * 20)  # a likelihood's logarithm has no scale
+    assert not risen([])
+
+
 # Spikes
 
 LOGS = np.random.default_rng(0).normal(scale=0.3, size=60)

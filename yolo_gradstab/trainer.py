@@ -358,6 +358,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._step, loss=loss, total_norm=total_norm, skipped=left_out, matched_loss=self._matched_loss
         )
         self._judge(found)
+        self._health.add_loss(loss)
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
         self._keep_incident(measured, having, total_norm=total_norm, loss=loss)
         # A step that shows the run to be lost is not made either: its weights will be taken back.
@@ -544,7 +545,11 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
         One bad image is in BatchNorm's statistics before its step is judged and left out.
         """
-        if self._config.guard.divergence == "rollback" and self._snapshots.is_due(self._step):
+        if self._config.guard.divergence != "rollback" or not self._snapshots.is_due(self._step):
+            return
+        if self._health.loss_has_risen:
+            self._snapshots.doubt()
+        else:
             self._snapshots.add(self._snapshot())
 
     def _snapshot(self) -> Snapshot:
