@@ -288,7 +288,7 @@ class HealthWatch(msgspec.Struct):
     weight_norms: list[dict[str, float]] = msgspec.field(default_factory=list)
     running_vars: list[float] = msgspec.field(default_factory=list)
     applied_norms: list[float] = msgspec.field(default_factory=list)  # at the last looks
-    highest_ratio: float = 0.0  # of the median updates that were measured, as far as the rate made them
+    highest_ratio: float = 0.0  # of the median updates that were measured, as the full rate would make them
     losses: list[float] = msgspec.field(default_factory=list)  # of the last steps
     mean_losses: list[float] = msgspec.field(default_factory=list)
 
@@ -300,6 +300,7 @@ class HealthWatch(msgspec.Struct):
         running_var: float,
         update_ratio: float | None = None,
         applied_norm: float | None = None,
+        warmup_share: float = 1.0,
     ) -> Unrest | None:
         """Compare the model with how it was a number of steps before, or at the start if that is nearer.
 
@@ -309,13 +310,14 @@ class HealthWatch(msgspec.Struct):
             running_var: The largest of the model's BatchNorm variances.
             update_ratio: Median over the layers of the update's norm over the weights', where it was measured.
             applied_norm: Of the gradient that the optimizer was given, after clipping, where it is known.
+            warmup_share: How far warm-up had the rates up.
         """
         old = sum(1 for seen in self.steps if seen < step - UNREST_GROWTH[-1][0])
         self.steps = [*self.steps[old:], step]
         self.weight_norms = [*self.weight_norms[old:], weight_norms]
         self.running_vars = [*self.running_vars[old:], running_var]
         if update_ratio is not None:
-            by_rate = update_ratio / self._rise(applied_norm)
+            by_rate = update_ratio / self._rise(applied_norm) / warmup_share
             if not by_rate <= self.highest_ratio:
                 self.highest_ratio = math.inf if math.isnan(by_rate) else by_rate
         for steps, limit in UNREST_GROWTH:
@@ -360,8 +362,9 @@ class HealthWatch(msgspec.Struct):
     def num_backoffs(self, backoff: float) -> int:
         """How many times the rate is to be lowered by `backoff`, at least once, for updates that a run can bear.
 
-        An update is proportional to the rate, so that the largest that was seen says how much lower the rate must be;
-        it is proportional to the gradient too, where nothing clips that, and what is due to its growth is left out.
+        An update is proportional to the rate, so that the largest that was seen, as the rate after warm-up would have
+        made it, says how much lower the rate must be. It is proportional to the gradient too, where nothing clips that;
+        what is due to the gradient's growth is left out.
         """
         if not self.highest_ratio > BEARABLE_RATIO or backoff == 1:
             return 1
