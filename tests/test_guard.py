@@ -259,22 +259,27 @@ def test_the_rate_is_lowered_as_often_as_the_largest_update_calls_for(
     assert watch.num_backoffs(backoff) == number
 
 
+CALM = [(step, 0.015, 10.0) for step in range(20)]  # step, median update over weight, norm
+
+
 @pytest.mark.parametrize(
-    ("looks", "applied_norm", "number"),
+    ("looks", "number"),
     [
-        (20, 400.0, 1),  # 0.4 is 0.01 for a gradient 40 times its median: the 0.02 before it says more
-        (20, 20.0, 6),  # a gradient twice its median is no spike: 2**6 > 0.4 / 0.01
-        (19, 400.0, 6),  # too few to know a median
-        (20, None, 6),
-        (20, math.inf, 6),
+        ([*CALM, (29, 0.4, 10.0)], 1),  # what was seen in the last ten steps is the blow-up itself
+        ([*CALM, (25, 0.4, 10.0), (35, 0.4, 10.0)], 6),  # not that of ten steps before: 2**6 > 0.4 / 0.01
+        ([*CALM, (28, 0.4, 10.0)], 6),  # 19 looks are too few: all count
+        ([(0, 0.08, 10.0), *CALM[1:], (29, 0.4, 10.0)], 3),  # 2**3 >= 0.08 / 0.01
+        ([(0, 0.08, 400.0), *CALM[1:], (29, 0.4, 10.0)], 1),  # due to a gradient 40 times its median
+        ([(0, 0.08, 20.0), *CALM[1:], (29, 0.4, 10.0)], 3),  # twice the median is no spike
+        ([(0, 0.08, None), *CALM[1:], (29, 0.4, 10.0)], 3),
     ],
 )
-def test_a_rate_is_not_blamed_for_a_gradient_that_grew(looks: int, applied_norm: float | None, number: int) -> None:
+def test_a_rate_is_not_blamed_for_a_gradient_that_grew(
+    looks: list[tuple[int, float, float | None]], number: int
+) -> None:
     watch = HealthWatch()
-    model = {"weight_norms": {"model.0": 1.0}, "running_var": 1.0}
-    for step in range(looks):
-        watch.look(step, **model, update_ratio=0.02, applied_norm=10.0)
-    watch.look(looks, **model, update_ratio=0.4, applied_norm=applied_norm)
+    for step, ratio, norm in looks:
+        watch.look(step, weight_norms={"a": 1.0}, running_var=1.0, update_ratio=ratio, applied_norm=norm)
     assert watch.num_backoffs(0.5) == number
 
 

@@ -86,6 +86,7 @@ UNREST_GROWTH = ((10, 4.0), (40, 5.0))  # within so many steps, so many times
 UNREST_VARIANCE = (10, 70.0)
 UNREST_RATIO = 0.3
 BEARABLE_RATIO = 0.01  # median update over weight that a lowered rate is aimed at
+UPDATES_KEPT = 128
 LARGEST_RATIO = 1.0  # that is believed: one torn step must not lower the rate to nothing
 # A run may drift for a hundred steps before it blows up, its weights calm, and a state from then learns less than a
 # new one. On drawn sets the mean loss rose so far in 3 of 92 runs that learned, and in 18 of 42 that did not.
@@ -287,8 +288,8 @@ class HealthWatch(msgspec.Struct):
     steps: list[int] = msgspec.field(default_factory=list)  # of the last looks, oldest first
     weight_norms: list[dict[str, float]] = msgspec.field(default_factory=list)
     running_vars: list[float] = msgspec.field(default_factory=list)
-    applied_norms: list[float] = msgspec.field(default_factory=list)  # at the last looks
-    highest_ratio: float = 0.0  # of the median updates that were measured, as the full rate would make them
+    # Of the last looks that measured one: step, median update as the full rate would make it, norm that was applied.
+    updates: list[tuple[int, float, float]] = msgspec.field(default_factory=list)
     losses: list[float] = msgspec.field(default_factory=list)  # of the last steps
     mean_losses: list[float] = msgspec.field(default_factory=list)
 
@@ -317,9 +318,8 @@ class HealthWatch(msgspec.Struct):
         self.weight_norms = [*self.weight_norms[old:], weight_norms]
         self.running_vars = [*self.running_vars[old:], running_var]
         if update_ratio is not None:
-            by_rate = update_ratio / self._rise(applied_norm) / warmup_share
-            if not by_rate <= self.highest_ratio:
-                self.highest_ratio = math.inf if math.isnan(by_rate) else by_rate
+            update = (step, update_ratio / warmup_share, math.nan if applied_norm is None else applied_norm)
+            self.updates = [*self.updates[1 - UPDATES_KEPT :], update]
         for steps, limit in UNREST_GROWTH:
             before = self.weight_norms[self._index(step - steps)]
             growth = {name: norm / before[name] for name, norm in weight_norms.items() if before.get(name, 0.0) > 0}
@@ -351,24 +351,27 @@ class HealthWatch(msgspec.Struct):
         """Of the earliest look at this step or later."""
         return next(i for i, seen in enumerate(self.steps) if seen >= step)
 
-    def _rise(self, applied_norm: float | None) -> float:
-        """How many times the gradient is above its median, 1 if it is no spike; an update is as much larger by that."""
-        if applied_norm is None or not math.isfinite(applied_norm):
-            return 1.0
-        past, self.applied_norms = self.applied_norms, [*self.applied_norms[1 - SPIKE_WINDOW :], applied_norm]
-        rise = applied_norm / middle if len(past) >= SPIKE_HISTORY and (middle := median(past)) > 0 else 1.0
-        return rise if rise > SPIKE_RISE else 1.0
-
-    def num_backoffs(self, backoff: float) -> int:
+    def num_backoffs(self, backoff: float, *, within: int = 10) -> int:
         """How many times the rate is to be lowered by `backoff`, at least once, for updates that a run can bear.
 
         An update is proportional to the rate, so that the largest that was seen, as the rate after warm-up would have
-        made it, says how much lower the rate must be. It is proportional to the gradient too, where nothing clips that;
-        what is due to the gradient's growth is left out.
+        made it, says how much lower the rate must be. It is proportional to the gradient too, where nothing clips that.
+        So in a run that is old enough, the last steps do not count, in which the gradient grew, and where it was more
+        than a spike's factor above its median, as at the start, the update counts as so much less.
+
+        Args:
+            backoff: Between 0 and 1.
+            within: Steps in which the trouble grew.
         """
-        if not self.highest_ratio > BEARABLE_RATIO or backoff == 1:
+        if backoff == 1 or not self.updates:
             return 1
-        ratio = min(self.highest_ratio, LARGEST_RATIO)
+        before = [update for update in self.updates if update[0] <= self.updates[-1][0] - within]
+        known = before if len(before) >= SPIKE_HISTORY else self.updates
+        usual = median(norm for _, _, norm in known) if known is before else math.inf
+        ratios = [ratio / max(1.0, norm / usual) if norm > SPIKE_RISE * usual else ratio for _, ratio, norm in known]
+        ratio = LARGEST_RATIO if any(map(math.isnan, ratios)) else min(max(ratios), LARGEST_RATIO)
+        if not ratio > BEARABLE_RATIO:
+            return 1
         return max(1, math.ceil(math.log(ratio / BEARABLE_RATIO) / -math.log(backoff)))
 
 

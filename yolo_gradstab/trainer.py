@@ -583,7 +583,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self.ema.updates = others["ema_updates"]
         self._watch = msgspec.convert(others["watch"], DivergenceWatch)
         self._spikes = msgspec.convert(others["spikes"], SpikeWatch)
-        num_backoffs = self._health.num_backoffs(self._config.guard.backoff)
+        within = found.steps if isinstance(found, Unrest) else LOOK_EVERY
+        num_backoffs = self._health.num_backoffs(self._config.guard.backoff, within=max(within, 2 * LOOK_EVERY))
         self._health, self._restless, self._look, self._bounds = HealthWatch(), False, None, []
         self._zero_steps = None
         if isinstance(found, Divergence) and self._rollbacks >= self._config.guard.max_rollbacks:
