@@ -32,7 +32,6 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 
 from yolo_gradstab import read_run, trainer_for
 from yolo_gradstab.guard import HealthWatch
-from yolo_gradstab.trainer import GradstabMixin
 
 pytestmark = pytest.mark.filterwarnings("default")  # the host's own warnings are not ours to fail on
 
@@ -291,22 +290,3 @@ def test_batches_that_the_host_has_drawn_are_kept_as_they_went_in(
     assert len(list((tmp_path / "run").glob("train_batch*.jpg"))) == 3
     assert [len(batches) for batches in kept] == [2, 2]
     assert all(largest <= 1 and tensors for batches in kept for largest, tensors in batches)
-
-
-@pytest.mark.parametrize(
-    ("batch", "again", "share"),
-    [
-        (0, None, 1 / 40),
-        (20, None, 0.5),
-        (80, None, 1.0),
-        (25, (20, 5), 0.25),  # gone back at batch 20 to 5
-        (55, (50, 30), 35 / 40),
-        (60, (50, 30), 1.0),
-        (10, (20, 5), 0.125),  # the host's clock has gone back meanwhile
-    ],
-)
-def test_how_far_warm_up_has_the_rates_up(batch: int, again: tuple[int, int] | None, share: float) -> None:
-    trainer = SimpleNamespace(
-        _get_warmup_iterations=lambda batches: 4 * batches, train_loader=range(10), _batch=batch, _warmup_again=again
-    )
-    assert GradstabMixin._warmup_share(trainer) == pytest.approx(share)

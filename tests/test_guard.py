@@ -283,15 +283,6 @@ def test_a_rate_is_not_blamed_for_a_gradient_that_grew(
     assert watch.num_backoffs(0.5) == number
 
 
-def test_an_update_of_a_warm_up_counts_as_the_full_rate_would_make_it() -> None:
-    watch = HealthWatch()
-    watch.look(4, weight_norms={"a": 1.0}, running_var=1.0, update_ratio=0.02, warmup_share=0.1)
-    assert watch.num_backoffs(0.5) == 5  # 2**5 > 0.2 / 0.01 > 2**4
-    assert (
-        watch.look(5, weight_norms={"a": 1.0}, running_var=1.0, update_ratio=0.2, warmup_share=0.1) is None
-    )  # as made
-
-
 def risen(losses: list[float]) -> bool:
     watch = HealthWatch()
     for loss in losses:

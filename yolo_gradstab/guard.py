@@ -288,7 +288,7 @@ class HealthWatch(msgspec.Struct):
     steps: list[int] = msgspec.field(default_factory=list)  # of the last looks, oldest first
     weight_norms: list[dict[str, float]] = msgspec.field(default_factory=list)
     running_vars: list[float] = msgspec.field(default_factory=list)
-    # Of the last looks that measured one: step, median update as the full rate would make it, norm that was applied.
+    # Of the last looks that measured one: step, median update, norm that was applied.
     updates: list[tuple[int, float, float]] = msgspec.field(default_factory=list)
     losses: list[float] = msgspec.field(default_factory=list)  # of the last steps
     mean_losses: list[float] = msgspec.field(default_factory=list)
@@ -301,7 +301,6 @@ class HealthWatch(msgspec.Struct):
         running_var: float,
         update_ratio: float | None = None,
         applied_norm: float | None = None,
-        warmup_share: float = 1.0,
     ) -> Unrest | None:
         """Compare the model with how it was a number of steps before, or at the start if that is nearer.
 
@@ -311,14 +310,13 @@ class HealthWatch(msgspec.Struct):
             running_var: The largest of the model's BatchNorm variances.
             update_ratio: Median over the layers of the update's norm over the weights', where it was measured.
             applied_norm: Of the gradient that the optimizer was given, after clipping, where it is known.
-            warmup_share: How far warm-up had the rates up.
         """
         old = sum(1 for seen in self.steps if seen < step - UNREST_GROWTH[-1][0])
         self.steps = [*self.steps[old:], step]
         self.weight_norms = [*self.weight_norms[old:], weight_norms]
         self.running_vars = [*self.running_vars[old:], running_var]
         if update_ratio is not None:
-            update = (step, update_ratio / warmup_share, math.nan if applied_norm is None else applied_norm)
+            update = (step, update_ratio, math.nan if applied_norm is None else applied_norm)
             self.updates = [*self.updates[1 - UPDATES_KEPT :], update]
         for steps, limit in UNREST_GROWTH:
             before = self.weight_norms[self._index(step - steps)]
@@ -354,9 +352,9 @@ class HealthWatch(msgspec.Struct):
     def num_backoffs(self, backoff: float, *, within: int = 10) -> int:
         """How many times the rate is to be lowered by `backoff`, at least once, for updates that a run can bear.
 
-        An update is proportional to the rate, so that the largest that was seen, as the rate after warm-up would have
-        made it, says how much lower the rate must be. It is proportional to the gradient too, where nothing clips that.
-        So in a run that is old enough, the last steps do not count, in which the gradient grew, and where it was more
+        An update is proportional to the rate, so that the largest that was seen says how much lower the rate must be.
+        (Updates of a warm-up, divided by how far that had come, say too much: Adam's first ones are large at any rate.)
+        It is proportional to the gradient too, where nothing clips that. So in a run that is old enough, the last steps do not count, in which the gradient grew, and where it was more
         than a spike's factor above its median, as at the start, the update counts as so much less.
 
         Args:

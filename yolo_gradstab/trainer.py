@@ -221,7 +221,6 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._spikes = SpikeWatch()
         self._snapshots = Snapshots()
         self._look: Tensor | None = None  # what `_looked` saw, not yet judged
-        self._look_share = 1.0  # of the full rate, at that step
         self._zero_steps: Tensor | None = None  # per tensor, steps in a row without any gradient
         self._restless = False
         self._rollbacks = 0
@@ -460,7 +459,6 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             running_var=running_var,
             update_ratio=ratio,
             applied_norm=None if ratio is None else applied_norm,
-            warmup_share=self._look_share,
         )
         if unrest is not None:
             self._snapshots.disturb(self._step)
@@ -620,14 +618,6 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._warmup_again = None
         return self._lr_factor * min(1.0, ours / hosts)
 
-    def _warmup_share(self) -> float:
-        """How far warm-up, or one that is made again, has the rates up."""
-        length, batch = self._get_warmup_iterations(len(self.train_loader)), self._batch
-        if self._warmup_again is not None:
-            at, to = self._warmup_again
-            batch += to - min(at, batch)
-        return min(1.0, max(batch, 1) / length) if length else 1.0
-
     @contextmanager
     def _lowered_rates(self) -> Iterator[None]:
         """The optimizer's rates as they are after rollbacks; the host's own are put back, which it goes on from."""
@@ -781,7 +771,6 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         looks, records = is_look(step), step % self._config.telemetry.layers_every == 0
         stages = self._layer_weights(moved) if looks or records else None
         if looks and stages is not None:
-            self._look_share = self._warmup_share()
             self._look = self._looked(*stages, measured=moved is not None, applied_norm=clipped.clipped_norm)
         if self._run is None:
             return
