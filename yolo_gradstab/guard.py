@@ -354,8 +354,9 @@ class HealthWatch(msgspec.Struct):
 
         An update is proportional to the rate, so that the largest that was seen says how much lower the rate must be.
         (Updates of a warm-up, divided by how far that had come, say too much: Adam's first ones are large at any rate.)
-        It is proportional to the gradient too, where nothing clips that. So in a run that is old enough, the last steps do not count, in which the gradient grew, and where it was more
-        than a spike's factor above its median, as at the start, the update counts as so much less.
+        It is proportional to the gradient too, where nothing clips that. So in a run that is old enough, the last steps
+        do not count, in which the gradient grew, and where it was more than a spike's factor above its median, as at
+        the start, the update counts as so much less.
 
         Args:
             backoff: Between 0 and 1.
