@@ -16,7 +16,7 @@ Checking, conversion and training all read the labels made here, so they cannot 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter
@@ -111,20 +111,27 @@ class FlatLabels(Sequence[ImageLabels]):
     def __getitem__(self, index: slice) -> list[ImageLabels]: ...
     def __getitem__(self, index: int | slice) -> ImageLabels | list[ImageLabels]:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        image, start, end = self.images[index], int(self.bounds[:-1][index]), int(self.bounds[1:][index])
-        rows, num_points = self.rows[start:end], (self.rows.shape[1] - _CLASS_AND_BOX) // 3
-        outlines = self.point_bounds[start : end + 1].tolist()
-        return ImageLabels(
-            image_id=image.id,
-            file=self.files[index],
-            width=image.width,
-            height=image.height,
-            classes=rows[:, 0],
-            boxes=rows[:, 1:_CLASS_AND_BOX],
-            keypoints=rows[:, _CLASS_AND_BOX:].reshape(len(rows), num_points, 3) if num_points else None,
-            segments=[self.points[a:b] for a, b in pairwise(outlines)],
-        )
+            return list(self._views(range(len(self))[index]))
+        return next(self._views([range(len(self))[index]]))
+
+    def _views(self, indices: Sequence[int]) -> Iterator[ImageLabels]:
+        places = np.asarray(indices, np.int64)
+        # As lists, once: a number taken from an array costs more than all else that is done for an image.
+        starts, ends = self.bounds[:-1][places].tolist(), self.bounds[1:][places].tolist()
+        num_points, point_bounds = (self.rows.shape[1] - _CLASS_AND_BOX) // 3, self.point_bounds
+        for index, start, end in zip(indices, starts, ends, strict=True):
+            image, rows = self.images[index], self.rows[start:end]
+            outlines = point_bounds[start : end + 1].tolist() if len(point_bounds) else []
+            yield ImageLabels(
+                image_id=image.id,
+                file=self.files[index],
+                width=image.width,
+                height=image.height,
+                classes=rows[:, 0],
+                boxes=rows[:, 1:_CLASS_AND_BOX],
+                keypoints=rows[:, _CLASS_AND_BOX:].reshape(len(rows), num_points, 3) if num_points else None,
+                segments=[self.points[a:b] for a, b in pairwise(outlines)],
+            )
 
 
 @dataclass(frozen=True, slots=True)
