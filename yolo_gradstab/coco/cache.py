@@ -24,8 +24,10 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+import struct
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -50,9 +52,9 @@ __all__ = ["Cached", "LabelCache", "PreparedSet", "Seen"]
 SETTLING_NS = 2_000_000_000  # the coarsest time stamps in use, those of FAT; ext4's are 4 ms
 
 _MAGIC = b"yolo-gradstab coco labels\n"
-_DIGEST_BYTES = 32
-_LENGTH_BYTES = 8
+_BLOCK_HEAD = struct.Struct("<QI")  # bytes, and their CRC-32, as zip has it: against damage, not against forgery
 
+Bytes = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 T = TypeVar("T")
 
@@ -156,9 +158,13 @@ class LabelCache:
 
     def load(self, folders: Sequence[Path]) -> Cached:
         """Read the cache. Whatever is in the file, this does not raise."""
-        if not self.path.exists() or not self.json_file.is_file():
+        if not self.json_file.is_file():
             return Cached()
         try:
+            if not self._is_settled:
+                self._content = _content(self.json_file)
+            if not self.path.exists():
+                return Cached()
             with self.path.open("rb") as file:
                 header = _read_header(file)
                 if header.maker != self._maker:
@@ -166,7 +172,7 @@ class LabelCache:
                 body, labels, stamps = _read_body(file, folders)
             return self._judged(header, body, labels, stamps, folders)
         except OSError as error:
-            return Cached(refused=f"cannot be read ({error.strerror})")
+            return Cached(refused=f"cannot be read ({error.strerror or error})")
         except _DamagedError:
             return Cached(refused="is damaged, or not ours")
 
@@ -185,8 +191,8 @@ class LabelCache:
         try:
             if not stat.S_IMODE(self.path.parent.stat().st_mode) & 0o222:  # root could, and should not
                 return "the folder is read-only"
-            content = self._content or _content(self.json_file)
-            if _state(self.json_file) != self._state:
+            content = self._content if self._content and self._is_settled else _content(self.json_file)
+            if _state(self.json_file) != self._state or self._content not in {None, content}:
                 return "the JSON was changed while it was read"
             header = _Header(
                 maker=self._maker,
@@ -211,7 +217,7 @@ class LabelCache:
                 for array in (stamps, labels.bounds, labels.rows, labels.points, labels.point_bounds):
                     _write_block(file, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         except OSError as error:
-            return str(error.strerror)
+            return str(error.strerror or error)
         return ""
 
     def _is_of(self, header: _Header) -> bool:
@@ -229,14 +235,14 @@ class LabelCache:
                 if stamp[0] >= 0
             }
         is_known = self._is_of(header)
-        self._content = header.content if is_known else _content(self.json_file)
+        self._content = self._content or (header.content if is_known else _content(self.json_file))
         if self._content != header.content:
             return Cached(seen=seen, refused="is of another content of the JSON")
+        stamps_now = stamp_images(labels.files)
+        if (stamps_now[:, 0] < 0).any():
+            return Cached(seen=seen, refused="has images that are gone")
         if labels.files != sorted(labels.files):
             return Cached(seen=seen, refused="has the images in other folders")
-        stamps_now = stamp_images(labels.files)
-        if (stamps_now < 0).any():
-            return Cached(seen=seen, refused="has images that are gone")
         report = msgspec.structs.replace(body.report, coco=str(self.json_file))
         return Cached(
             prepared=PreparedSet(labels, report, header.first, header.categories, body.kpt_shape, stamps_now),
@@ -267,37 +273,35 @@ def _content(path: Path) -> bytes:
         return hashlib.file_digest(file, "blake2b").digest()
 
 
-def _digest(data: bytes | bytearray | memoryview) -> bytes:
-    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
-
-
 def _write_block(file: BufferedWriter, data: bytes | memoryview) -> None:
-    file.write(len(data).to_bytes(_LENGTH_BYTES, "little"))
-    file.write(_digest(data))
+    file.write(_BLOCK_HEAD.pack(len(data), zlib.crc32(data)))
     file.write(data)
 
 
-def _read_block(file: BufferedReader) -> bytearray:
-    """Return the next block, as a `bytearray` since the host writes into the labels (`single_cls`)."""
-    length, digest = int.from_bytes(file.read(_LENGTH_BYTES), "little"), file.read(_DIGEST_BYTES)
+def _read_block(file: BufferedReader) -> Bytes:
+    """Return the next block; writable, since the host writes into the labels (`single_cls`)."""
+    try:
+        length, checksum = _BLOCK_HEAD.unpack(file.read(_BLOCK_HEAD.size))
+    except struct.error:
+        raise _DamagedError from None
     if length > os.fstat(file.fileno()).st_size:  # not to ask for the memory
         raise _DamagedError
-    data = bytearray(length)
-    if file.readinto(data) != length or _digest(data) != digest:
+    block = np.empty(length, np.uint8)
+    if file.readinto(block.data) != length or zlib.crc32(block.data) != checksum:
         raise _DamagedError
-    return data
+    return block
 
 
 def _read_struct(file: BufferedReader, kind: type[T]) -> T:
     try:
-        return msgspec.msgpack.decode(_read_block(file), type=kind)
-    except msgspec.MsgspecError:
+        return msgspec.msgpack.decode(_read_block(file).data, type=kind)
+    except (msgspec.MsgspecError, ValueError):
         raise _DamagedError from None
 
 
 def _read_array(file: BufferedReader, kind: type[np.generic], shape: tuple[int, ...]) -> npt.NDArray[Any]:
     try:
-        return np.frombuffer(_read_block(file), kind).reshape(shape)
+        return _read_block(file).view(kind).reshape(shape)
     except ValueError:
         raise _DamagedError from None
 

@@ -58,7 +58,9 @@ class CocoDataset(YOLODataset):  # type: ignore[misc, unused-ignore]  # the host
         cache = LabelCache(img_path, task)
         with _uninterrupted():
             cached = cache.load(folders)
-            if cached.refused:
+            if cached.prepared:
+                _say(logging.INFO, f"{self.prefix}labels from {cache.path}")
+            elif cached.refused:
                 _say(logging.INFO, f"{self.prefix}{cache.path} {cached.refused}; labels are made anew")
             prepared = cached.prepared or _prepare(img_path, folders, task)
             _check_layout(prepared.kpt_shape, self.data, img_path)
