@@ -11,7 +11,7 @@ what `data check` does apart from the image files: read, check, make the labels,
 them stands `pycocotools.coco.COCO(file)`, which reads and indexes. A *start* is all that training does before it has
 its labels: the data YAML, the JSON, the images, and labels in the host's form. The first one decodes every image (JPEGs
 of COCO's size, 118,287 names of a few files, so read from memory); the second one finds the cache. First starts are
-made once, all else in each round.
+made once, and not where `out` has their cache already; all else in each round.
 
 Each reading is a process of its own, in turn; ratios are of processor time, of all threads, and of memory, which is the
 peak over what the imports took. They are ours by pycocotools', with the 95 % interval of their median.
@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,7 @@ def start(task: str, *, first: bool) -> Callable[[str], int]:
     from ultralytics.utils import DEFAULT_CFG, LOGGER
 
     from yolo_gradstab.coco import dataset
+    from yolo_gradstab.coco.cache import LabelCache
 
     class LabelsReadError(Exception):
         pass
@@ -177,10 +179,10 @@ def start(task: str, *, first: bool) -> Callable[[str], int]:
     arguments = get_cfg(DEFAULT_CFG, {"task": task})
 
     def read(path: str) -> int:
-        cache = Path(path).with_suffix(f".{task}.gradstab.cache")
+        cache = LabelCache(path, task)
         if first:
-            cache.unlink(missing_ok=True)
-        assert cache.exists() is not first
+            cache.path.unlink(missing_ok=True)
+        assert bool(cache.listing()) is not first, f"{cache.path} is of other code or data; remove it"
         data = dataset.read_data_yaml(Path(path).with_suffix(".yaml"), task)
         try:
             dataset.build_coco_dataset(arguments, data["train"], 16, data)
@@ -229,12 +231,14 @@ def median_interval(values: list[float]) -> tuple[float, float, float]:
 def compare(path: Path, *, rounds: int) -> None:
     """Print seconds, MiB and the ratios of every reader against pycocotools."""
     every_round = [name for name in READERS if "first" not in name]
-    found = {name: [] if name in every_round else [measured(name, path)] for name in READERS}
+    cached = {name for name in READERS if path.with_suffix(f".{name.partition(',')[0]}.gradstab.cache").exists()}
+    once = [name for name in READERS if name not in every_round and name not in cached]
+    found = {name: [measured(name, path)] if name in once else [] for name in READERS}
     for index in range(rounds):
         for name in every_round if index % 2 else reversed(every_round):
             found[name].append(measured(name, path))
     print(f"{'':22} {'seconds':>8} {'by clock':>8} {'MiB':>6}   time, and memory, by pycocotools'")
-    for name, own in found.items():
+    for name, own in filter(itemgetter(1), found.items()):
         seconds, wall, mib = (
             statistics.median(reading[what] for reading in own) for what in ("seconds", "wall", "mib")
         )
