@@ -225,11 +225,13 @@ def test_images_that_are_no_good_are_refused_and_left_alone(build: Builder) -> N
         build_coco_dataset(arguments("detect"), data["train"], 2, data)
 
 
-def test_nothing_is_written_beside_the_data(build: Builder) -> None:
+def test_nothing_but_the_cache_is_written_beside_the_data(build: Builder) -> None:
     data = data_of(build, build.coco())
-    before = sorted(build.folder.rglob("*"))
+    before = {path: path.stat().st_mtime_ns for path in build.folder.rglob("*") if path.is_file()}
     build_coco_dataset(arguments("detect"), data["train"], 2, data)
-    assert sorted(build.folder.rglob("*")) == before
+    after = {path: path.stat().st_mtime_ns for path in build.folder.rglob("*") if path.is_file()}
+    assert after.pop(build.folder / "a.detect.gradstab.cache")
+    assert after == before
 
 
 def test_nothing_to_train_on(build: Builder) -> None:
@@ -446,6 +448,6 @@ def imported(module: str) -> set[str]:
 
 
 def test_only_the_dataset_knows_the_host() -> None:
-    names = ("annotations", "labels", "conversion", "sample", "check")
+    names = ("annotations", "labels", "conversion", "sample", "check", "cache")
     assert imported(", ".join(f"yolo_gradstab.coco.{name}" for name in names)) == set()
     assert imported("yolo_gradstab.coco.dataset") == {"torch", "ultralytics"}  # the check can fail

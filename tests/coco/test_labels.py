@@ -213,6 +213,25 @@ def test_segment_box_is_that_of_its_outline(build: Builder) -> None:
     np.testing.assert_allclose(image.boxes, [[0.3045, 0.375, 0.409, 0.25]], rtol=1e-6)
 
 
+def test_index_slice_and_iteration_give_the_same_image(build: Builder) -> None:
+    triangles = [[[x, x, x + 9, x, x + 9, x + 9 + x / 100]] for x in range(1, 7)]
+    coco = segmented(build, *triangles)
+    coco["images"] = [build.image(id=i, file_name=f"{i}.png") for i in (1, 2, 3, 4)]
+    for annotation, image in zip(coco["annotations"], (1, 1, 3, 4, 4, 4), strict=True):  # the second has none
+        annotation["image_id"] = image
+    images = labels_of(build, coco, task="segment").images
+    expected = [[[shape[0][0] / 100 for shape in own]] for own in ([*triangles[:2]], [], [triangles[2]], triangles[3:])]
+    ways = [[*images], images[:], [images[i] for i in range(4)], [images[i - 4] for i in range(4)]]
+    ways += [images[:2] + images[2:], images[::-1][::-1], images[:1] + images[1:3] + images[-1:]]
+    for way in ways:
+        assert [image.file[-5:] for image in way] == ["1.png", "2.png", "3.png", "4.png"]
+        assert [len(image.classes) for image in way] == [2, 0, 1, 3]
+        for image, (lefts,) in zip(way, expected, strict=True):
+            np.testing.assert_allclose([outline[:, 0].min() for outline in image.segments], lefts, rtol=1e-6)
+    with pytest.raises(IndexError):
+        images[4]
+
+
 @pytest.mark.parametrize("shape", [None, [], [[1, 2, 3, 4]], [[5, 5, 6, 6, 7, 5]], [[200, 5, 206, 6, 207, 5]]])
 def test_annotation_without_outline_is_not_used_for_segment(build: Builder, shape: Any) -> None:
     report = check(build, segmented(build, shape), task="segment")

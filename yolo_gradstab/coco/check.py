@@ -86,7 +86,7 @@ def check_coco(coco: str | Path, *, images: str | Path | Sequence[str | Path], t
         for image in annotations.images
         if image.id not in files
     ]
-    problems += check_images(annotations.path, annotations.images, files, decode=True)
+    problems += check_images(annotations.path, annotations.images, files, decode=True).values()
     return make_report(annotations, labels, problems=problems)
 
 

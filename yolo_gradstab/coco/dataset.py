@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gc
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import yaml
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import check_file_speeds, get_split_fraction
 from ultralytics.utils import DATASETS_DIR, LOCAL_RANK, LOGGER, colorstr
 
 from yolo_gradstab.coco.annotations import CocoCategory, CocoError, CocoImage, read_coco, read_listing
+from yolo_gradstab.coco.cache import LabelCache, Mask, PreparedSet
 from yolo_gradstab.coco.check import CheckReport, make_report
-from yolo_gradstab.coco.images import check_images, find_images, image_folders, refuse_broken, refuse_missing
+from yolo_gradstab.coco.images import (
+    check_images,
+    find_images,
+    image_folders,
+    refuse_broken,
+    refuse_missing,
+    stamp_images,
+)
 from yolo_gradstab.coco.keypoints import keypoint_layout
-from yolo_gradstab.coco.labels import CocoLabels, ImageLabels, check_task, class_names, make_labels
+from yolo_gradstab.coco.labels import ImageLabels, check_task, class_names, make_labels
 
 __all__ = ["CocoDataset", "build_coco_dataset", "read_data_yaml", "resolved_yaml"]
 
@@ -42,19 +54,29 @@ class CocoDataset(YOLODataset):  # type: ignore[misc, unused-ignore]  # the host
         """Read the JSON, and return the files of its images, sorted; the labels are kept for `get_labels`."""
         if isinstance(img_path, list):
             raise CocoError(f"a split is one COCO JSON file, got {len(img_path)}; merge them first")
-        task = _task_of(self)
-        coco = read_coco(img_path, segments=task == "segment")
-        folders = _folders_of(img_path, self.data)
-        files = find_images(coco.images, folders)
-        refuse_missing(coco.path, coco.images, files, folders)
-        labels = make_labels(coco, files, task=task)
-        _check_layout(labels, self.data, coco.path)
-        chosen = _first(labels.images, self.fraction)
-        by_id = {image.id: image for image in coco.images}
-        refuse_broken(check_images(coco.path, [by_id[image.image_id] for image in chosen], files, decode=True))
-        self.coco_report = make_report(coco, labels)
-        self._chosen = chosen
-        im_files = [image.file for image in chosen]
+        task, folders = _task_of(self), _folders_of(img_path, self.data)
+        cache = LabelCache(img_path, task)
+        with _uninterrupted():
+            cached = cache.load(folders)
+            if cached.prepared:
+                _say(logging.INFO, f"{self.prefix}labels from {cache.path}")
+            elif cached.refused:
+                _say(logging.INFO, f"{self.prefix}{cache.path} {cached.refused}; labels are made anew")
+            prepared = cached.prepared or _prepare(img_path, folders, task)
+            _check_layout(prepared.kpt_shape, self.data, img_path)
+            self._chosen = _first(prepared.labels, self.fraction)
+            in_order = cached.in_order(prepared)
+        unseen = np.flatnonzero(~in_order[: len(self._chosen)]).tolist()
+        images, files = prepared.labels.images, prepared.labels.files
+        broken = check_images(
+            img_path, [images[i] for i in unseen], {images[i].id: files[i] for i in unseen}, decode=True
+        )
+        in_order[unseen] = [images[i].id not in broken for i in unseen]
+        if unseen or not cached.is_current:
+            _save(cache, prepared, folders, in_order, self.prefix, is_new=not cached.prepared)
+        refuse_broken(broken)
+        self.coco_report = prepared.report
+        im_files = files[: len(self._chosen)]
         # The host's speed test draws from `random`: leaving it out would change every augmentation that follows.
         check_file_speeds(list(im_files), prefix=self.prefix)
         return im_files
@@ -66,7 +88,8 @@ class CocoDataset(YOLODataset):  # type: ignore[misc, unused-ignore]  # the host
             raise CocoError(f"{self.img_path}: nothing to train on: {self.coco_report.summary()}")
         if LOCAL_RANK in {-1, 0}:
             _say_what_is_unused(self.coco_report, self.prefix)
-        labels = [_host_label(image) for image in chosen]
+        with _uninterrupted():
+            labels = [_host_label(image) for image in chosen]
         self.verify_labels(labels, Path(self.coco_report.coco))
         return labels
 
@@ -128,7 +151,7 @@ def read_data_yaml(path: str | Path, task: str) -> dict[str, Any] | None:
     for split, json_file in jsons.items():
         if not Path(json_file).is_file():
             raise CocoError(f"{file}: {split}: {json_file} does not exist; `path` is {root}")
-    listings = {split: read_listing(json_file) for split, json_file in jsons.items()}
+    listings = {split: LabelCache(j, task).listing() or read_listing(j) for split, j in jsons.items()}
     categories = _shared_categories(listings, file)
     names = class_names(categories)
     _check_names(raw, names, file)
@@ -170,9 +193,55 @@ def _folders_of(img_path: str, data: Mapping[str, Any]) -> list[Path]:
     return image_folders(list(dict.fromkeys(folders)))
 
 
-def _check_layout(labels: CocoLabels, data: Mapping[str, Any], path: str) -> None:
-    if labels.layout and list(data["kpt_shape"]) != labels.layout.shape:
-        raise CocoError(f"{path}: keypoints have shape {labels.layout.shape}, but kpt_shape is {data['kpt_shape']}")
+def _prepare(path: str, folders: list[Path], task: str) -> PreparedSet:
+    coco = read_coco(path, segments=task == "segment")
+    files = find_images(coco.images, folders)
+    refuse_missing(coco.path, coco.images, files, folders)
+    labels = make_labels(coco, files, task=task)
+    return PreparedSet(
+        labels=labels.images,
+        report=make_report(coco, labels),
+        first=coco.images[0],
+        categories=coco.categories,
+        kpt_shape=labels.layout.shape if labels.layout else None,
+        stamps=stamp_images(labels.images.files),
+    )
+
+
+def _save(
+    cache: LabelCache, prepared: PreparedSet, folders: list[Path], in_order: Mask, prefix: str, *, is_new: bool
+) -> None:
+    """Write the cache, once in each machine; without one, training goes on all the same."""
+    if LOCAL_RANK not in {-1, 0}:
+        return
+    existed = cache.path.exists()
+    trouble = cache.save(prepared, folders, in_order)
+    if trouble and is_new:
+        _say(logging.WARNING, f"{prefix}labels are not cached in {cache.path} ({trouble}): each start makes them anew")
+    elif not trouble and not existed:
+        _say(logging.INFO, f"{prefix}labels cached in {cache.path}")
+
+
+def _say(level: int, line: str) -> None:
+    if LOCAL_RANK in {-1, 0}:
+        LOGGER.log(level, line)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Without the garbage collector, which would go through a million new objects again and again and find nothing."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _check_layout(shape: list[int] | None, data: Mapping[str, Any], path: str) -> None:
+    if shape and list(data["kpt_shape"]) != shape:
+        raise CocoError(f"{path}: keypoints have shape {shape}, but kpt_shape is {data['kpt_shape']}")
 
 
 def _first(images: Sequence[ImageLabels], fraction: float | int) -> list[ImageLabels]:

@@ -6,12 +6,15 @@ The host "restores" a corrupt JPEG by rewriting the user's file; here a file is 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import cv2
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from yolo_gradstab.coco.annotations import CocoError, CocoImage
@@ -20,10 +23,12 @@ __all__ = [
     "IMAGE_SUFFIXES",
     "check_images",
     "find_images",
+    "image_file",
     "image_folders",
     "read_image_size",
     "refuse_broken",
     "refuse_missing",
+    "stamp_images",
 ]
 
 # The suffixes the host trains on (ultralytics.data.utils.IMG_FORMATS); a file of another kind would be skipped there.
@@ -32,6 +37,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 MIN_SIDE_PX = 10  # the host refuses smaller images (ultralytics.data.utils.check_image)
 NUM_THREADS = min(8, os.cpu_count() or 1)
+
+Stamps = npt.NDArray[np.int64]
 
 _EXIF_ORIENTATION = 0x0112
 _QUARTER_TURNS = frozenset({5, 6, 7, 8})
@@ -54,10 +61,28 @@ def find_images(images: Iterable[CocoImage], folders: Sequence[Path]) -> dict[in
     roots = [str(folder) for folder in folders]
     files: dict[int, str] = {}
     for image in images:
-        candidates = (os.path.join(root, os.path.normpath(image.file_name)) for root in roots)  # noqa: PTH118 (118,000 of them)
+        candidates = (image_file(root, image.file_name) for root in roots)
         if (file := next(filter(os.path.isfile, candidates), None)) is not None:
             files[image.id] = file
     return files
+
+
+def image_file(root: str, file_name: str) -> str:
+    """Return the path of an image in a folder, spelled as the host spells it."""
+    return os.path.join(root, os.path.normpath(file_name))  # noqa: PTH118 (118,000 of them)
+
+
+def stamp_images(files: Sequence[str]) -> Stamps:
+    """Return (n, 2) size in bytes and modification time in ns, by which the host knows a file; -1 where none is."""
+    stamps = []
+    for file in files:
+        try:
+            found = os.stat(file)  # noqa: PTH116 (118,000 of them)
+        except OSError:
+            stamps.append((-1, -1))
+        else:
+            stamps.append((found.st_size, found.st_mtime_ns) if stat.S_ISREG(found.st_mode) else (-1, -1))
+    return np.array(stamps, np.int64).reshape(-1, 2)
 
 
 def refuse_missing(path: str, images: Sequence[CocoImage], files: Mapping[int, str], folders: Sequence[Path]) -> None:
@@ -70,9 +95,9 @@ def refuse_missing(path: str, images: Sequence[CocoImage], files: Mapping[int, s
         )
 
 
-def refuse_broken(problems: Sequence[str]) -> None:
+def refuse_broken(found: Mapping[int, str]) -> None:
     """Stop, in one line, if `check_images` found anything."""
-    if problems:
+    if problems := list(found.values()):
         more = f" (and {len(problems) - 1} more such images; `yolo-gradstab data check` lists them)"
         raise CocoError(problems[0] + (more if len(problems) > 1 else ""))
 
@@ -101,12 +126,14 @@ def read_image_size(file: str | Path, *, decode: bool = False) -> tuple[int, int
     return size
 
 
-def check_images(path: str, images: Iterable[CocoImage], files: Mapping[int, str], *, decode: bool) -> list[str]:
-    """Return a line for each image file that is broken or has another size than the JSON says, in image order."""
+def check_images(path: str, images: Iterable[CocoImage], files: Mapping[int, str], *, decode: bool) -> dict[int, str]:
+    """Map ids to a line for each image file that is broken or has another size than the JSON says, in image order."""
     found = [image for image in images if image.id in files]
+    if not found:
+        return {}
     with ThreadPool(NUM_THREADS) as pool:  # decoding releases the interpreter lock
         lines = pool.map(partial(_problem, path, files, decode), found)
-    return [line for line in lines if line]
+    return {image.id: line for image, line in zip(found, lines, strict=True) if line}
 
 
 def _problem(path: str, files: Mapping[int, str], decode: bool, image: CocoImage) -> str:

@@ -16,8 +16,8 @@ Checking, conversion and training all read the labels made here, so they cannot 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
 from typing import overload
@@ -66,8 +66,7 @@ class Unused(msgspec.Struct, frozen=True):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class ImageLabels:
+class ImageLabels(msgspec.Struct, frozen=True, gc=False):
     """The labels of one image; n is 0 for a background image."""
 
     image_id: int
@@ -80,7 +79,7 @@ class ImageLabels:
     """(n, 4) x, y of the centre, width, height; fractions of the image"""
     keypoints: Labels | None = None
     """(n, points, 3) x, y as fractions of the image, and COCO's visibility; None unless the task is pose"""
-    segments: list[Labels] = field(default_factory=list)
+    segments: list[Labels] = []
     """n outlines of (points, 2) fractions of the image; empty unless the task is segment"""
 
 
@@ -110,21 +109,32 @@ class FlatLabels(Sequence[ImageLabels]):
     @overload
     def __getitem__(self, index: slice) -> list[ImageLabels]: ...
     def __getitem__(self, index: int | slice) -> ImageLabels | list[ImageLabels]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        image, start, end = self.images[index], int(self.bounds[:-1][index]), int(self.bounds[1:][index])
-        rows, num_points = self.rows[start:end], (self.rows.shape[1] - _CLASS_AND_BOX) // 3
-        outlines = self.point_bounds[start : end + 1].tolist()
-        return ImageLabels(
-            image_id=image.id,
-            file=self.files[index],
-            width=image.width,
-            height=image.height,
-            classes=rows[:, 0],
-            boxes=rows[:, 1:_CLASS_AND_BOX],
-            keypoints=rows[:, _CLASS_AND_BOX:].reshape(len(rows), num_points, 3) if num_points else None,
-            segments=[self.points[a:b] for a, b in pairwise(outlines)],
-        )
+        chosen = range(len(self))[index]
+        if isinstance(chosen, int):
+            return next(self._views(chosen, chosen + 1))
+        return [*self._views(chosen.start, chosen.stop)] if chosen.step == 1 else [self[i] for i in chosen]
+
+    def __iter__(self) -> Iterator[ImageLabels]:
+        return self._views(0, len(self))
+
+    def _views(self, first: int, end: int) -> Iterator[ImageLabels]:
+        # As lists, once: a number taken from an array costs more than all else that is done for an image.
+        bounds = self.bounds[first : end + 1].tolist() if end > first else [0]
+        point_bounds = self.point_bounds[bounds[0] : bounds[-1] + 1].tolist()
+        num_points, points = (self.rows.shape[1] - _CLASS_AND_BOX) // 3, self.points
+        for index, (start, stop) in enumerate(pairwise(bounds), start=first):
+            image, rows = self.images[index], self.rows[start:stop]
+            outlines = point_bounds[start - bounds[0] : stop - bounds[0] + 1]
+            yield ImageLabels(
+                image_id=image.id,
+                file=self.files[index],
+                width=image.width,
+                height=image.height,
+                classes=rows[:, 0],
+                boxes=rows[:, 1:_CLASS_AND_BOX],
+                keypoints=rows[:, _CLASS_AND_BOX:].reshape(len(rows), num_points, 3) if num_points else None,
+                segments=[points[a:b] for a, b in pairwise(outlines)],
+            )
 
 
 @dataclass(frozen=True, slots=True)
