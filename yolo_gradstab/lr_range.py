@@ -181,7 +181,7 @@ def run_lr_range(
     The global random states and torch's determinism settings are left as found; no weights are saved.
 
     Args:
-        task: As for `trainer_for`.
+        task: One of the host's; the trainer is the model's own.
         arguments: Ultralytics' training arguments, without those the test sets itself; the optimizer is SGD by default.
         config: Keys of ours, as for `trainer_for`.
         lr_min: First rate.
@@ -194,10 +194,12 @@ def run_lr_range(
     """
     _check(arguments, lr_min=lr_min, lr_max=lr_max, steps=steps)
     from yolo_gradstab import figures
-    from yolo_gradstab.trainer import trainer_for
+    from yolo_gradstab.trainer import host_model, trainer_for
 
     # After this check the guard's own: it stops on collapse, which a rise of the loss does not show.
-    trainer_class = trainer_for(task, config, **{"guard.divergence": "stop"})
+    stopping = {"guard.divergence": "stop"}
+    trainer_for(task, config, **stopping)  # which checks both before the model is built
+    trainer_class = trainer_for(host_model(task, arguments["model"])[1], config, **stopping)
     test = RangeTest(lr_min, lr_max, steps)
     ranging = type("Ranging", (_Ranging, trainer_class), {"range_test": test})
     folder = Path(out)
