@@ -198,10 +198,8 @@ def run_lr_range(
 
     # After this check the guard's own: it stops on collapse, which a rise of the loss does not show.
     stopping = {"guard.divergence": "stop"}
-    trainer_for(task, config, **stopping)  # which checks both before the model is built
-    trainer_class = trainer_for(host_model(task, arguments["model"])[1], config, **stopping)
+    trainer_for(task, config, **stopping)  # which checks both, before anything is built
     test = RangeTest(lr_min, lr_max, steps)
-    ranging = type("Ranging", (_Ranging, trainer_class), {"range_test": test})
     folder = Path(out)
     own: dict[str, Any] = {
         "epochs": steps,
@@ -214,6 +212,8 @@ def run_lr_range(
     own |= {"val": False, "save": False, "exist_ok": True, "cos_lr": False}
     own |= {"project": str(folder.parent.absolute()), "name": folder.name}
     with _left_as_found():
+        host = host_model(task, arguments["model"])[1]  # which draws the weights of a model
+        ranging = type("Ranging", (_Ranging, trainer_for(host, config, **stopping)), {"range_test": test})
         trainer = ranging(overrides={"optimizer": OPTIMIZER, **arguments, **own})
         trainer.train()
         trainer.take_divergence()  # growth of the weights is judged a step later, of the last ones at the end

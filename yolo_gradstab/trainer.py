@@ -35,12 +35,21 @@ from ultralytics import __version__ as host_version
 from ultralytics.engine.model import Model
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models import RTDETR, YOLO
-from ultralytics.nn.tasks import ClassificationModel, RTDETRDetectionModel
+from ultralytics.models.rtdetr.train import RTDETRTrainer
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.nn.tasks import ClassificationModel, RTDETRDetectionModel, yaml_model_load
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_gradstab.clipping import Clipped, ClipPolicy, UpdateRatios, clip_update_, multiply_, update_ratios
-from yolo_gradstab.coco.dataset import build_coco_dataset, read_data_yaml, resolved_yaml
+from yolo_gradstab.coco import CocoError
+from yolo_gradstab.coco.dataset import (
+    CocoDataset,
+    CocoRTDETRDataset,
+    build_coco_dataset,
+    read_data_yaml,
+    resolved_yaml,
+)
 from yolo_gradstab.config import TASKS, Config, ConfigError, Mitigations, build_policy, load_config, read_config_file
 from yolo_gradstab.diagnosis import last_words, records_of
 from yolo_gradstab.guard import (
@@ -80,6 +89,9 @@ __all__ = ["GradstabMixin", "host_model", "trainer_for"]
 
 # Their loss is the mean of a batch; that of the host's other models is summed over its images.
 MEAN_LOSS = (ClassificationModel, RTDETRDetectionModel)
+
+# By how the host's trainer builds its own.
+COCO_DATASETS = {DetectionTrainer.build_dataset: CocoDataset, RTDETRTrainer.build_dataset: CocoRTDETRDataset}
 
 MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 
@@ -299,8 +311,16 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         """The host's dataset, or ours for a COCO JSON file."""
         if not str(img_path).lower().endswith(".json"):
             return super().build_dataset(img_path, mode, batch)
+        kind = COCO_DATASETS.get(super().build_dataset.__func__)
+        if kind is None:
+            raise CocoError(
+                f"{img_path}: {type(self).__name__} has a dataset of its own and cannot read COCO JSON; convert it: "
+                f"`yolo-gradstab data convert coco=... images=... out=... task={self.args.task}`"
+            )
         stride = max(int(unwrap_model(self.model).stride.max()), 32)
-        return build_coco_dataset(self.args, img_path, batch, self.data, mode, rect=mode == "val", stride=stride)
+        return build_coco_dataset(
+            self.args, img_path, batch, self.data, mode, rect=mode == "val", stride=stride, kind=kind
+        )
 
     def plot_training_samples(self, batch: dict[str, Any], ni: int) -> None:
         """The host's, from a copy: it scales pixels and replaces labels in place, and an incident may keep them."""
@@ -312,8 +332,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         """The host's model with our mitigations, made before any weights are loaded into it.
 
         Raises:
-            ConfigError: They do not fit the model, or the weights.
+            ConfigError: They do not fit the model, or the weights; or the model is not this trainer's.
         """
+        self._check_head(cfg)
         wanted = self._config.mitigations
         if weights is not None:
             before = structure_of(weights)
@@ -331,6 +352,17 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             for change in changes:
                 LOGGER.info(f"mitigations.{change.key}={change.value}: {_in_words(change.modules)}")
         return model
+
+    def _check_head(self, cfg: Any) -> None:
+        """Refuse a model with a trainer of its own, which another meets with an error far from the cause."""
+        layers = cfg if isinstance(cfg, dict) else yaml_model_load(cfg)
+        head = [*layers["backbone"], *layers["head"]][-1][2]
+        for kind in ("RTDETR", "World", "YOLOE"):
+            if head.startswith(kind) and not any(cls.__name__.startswith(kind) for cls in type(self).__mro__):
+                raise ConfigError(
+                    f"{type(self).__name__} cannot train {head}; give trainer_for the model's own trainer class, "
+                    f'as in trainer_for(model.task_map["{self.args.task}"]["trainer"])'
+                )
 
     # The loop --------------------------------------------------------------------------------------------------------
 
