@@ -16,6 +16,7 @@ Where our parts stand in the host's loop (`BaseTrainer._do_train`; ours in capit
 
 from __future__ import annotations
 
+import csv
 import math
 import random
 import signal
@@ -1027,6 +1028,21 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._map50 = next((metrics[name] for name in MAP50 if name in metrics), None)
             metrics.update(self._epoch_columns)
         return metrics, fitness
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        """The host's row of `results.csv`; where its columns have changed, the rows before it under the new ones.
+
+        Until a depth run is first validated, the host writes the columns of a detector, and of those it writes zeros.
+        """
+        names = ["epoch", "time", *metrics]
+        if self.csv.exists():
+            with self.csv.open(encoding="utf-8", newline="") as file:
+                rows = csv.DictReader(file)
+                changed = [] if rows.fieldnames == names else [[row.get(name, "0") for name in names] for row in rows]
+            if changed:
+                with replacing(self.csv) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+                    csv.writer(file, lineterminator="\n").writerows([names, *changed])
+        super().save_metrics(metrics)
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
