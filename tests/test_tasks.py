@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import DrawnSet, InterruptionError, train
-from test_trainer import assert_same_training
+from test_trainer import assert_same_training, faulty
 from ultralytics import RTDETR, YOLO
 from ultralytics.cfg import TASK2METRIC
 from ultralytics.cfg import TASKS as HOST_TASKS
@@ -30,6 +30,7 @@ from yolo_gradstab.cli import main
 from yolo_gradstab.coco import CocoError
 from yolo_gradstab.config import TASKS, ConfigError
 from yolo_gradstab.guard import find_divergences
+from yolo_gradstab.incident import read_incident
 from yolo_gradstab.telemetry import QUALITY
 from yolo_gradstab.trainer import host_model
 
@@ -275,6 +276,15 @@ def test_a_longer_healthy_run_is_left_alone(tasks: Tasks, tmp_path: Path, kind: 
     assert run.status.outcome == "completed"
     assert {event["event"] for event in run.events} <= {"init", "dead"}
     assert [finding.kind for finding in run.diagnose() if finding.severity == "error"] == []
+
+
+def test_an_incident_of_a_model_that_cannot_be_rebuilt_says_so(tasks: Tasks, tmp_path: Path) -> None:
+    cls = faulty(trainer_for(RTDETRTrainer), float("nan"), at=1)
+    train(cls, tasks.arguments("rtdetr", tmp_path, name="run", epochs=1))
+    incident = read_incident(tmp_path / "run/gradstab/incidents/1")
+    assert incident.reason == "nonfinite_gradient"
+    assert "so no replay: RTDETRDetectionModel is none of DetectionModel, PoseModel" in incident.note
+    assert not (tmp_path / "run/gradstab/incidents/1/model.json").exists()
 
 
 # What a user gets wrong ----------------------------------------------------------------------------------------------
