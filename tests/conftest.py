@@ -26,7 +26,8 @@ class DrawnSet:
         from yolo_gradstab.coco.sample import draw_sample
 
         self.task = task
-        self.coco = draw_sample(folder, task=task, images=images, size=size)
+        drawn_as = "pose" if task == "pose" else "detect"  # whose objects have outlines too
+        self.coco = draw_sample(folder, task=drawn_as, images=images, size=size)
         kind = "person_keypoints" if task == "pose" else "instances"
         for split in ("train", "val"):
             json_file = folder / "annotations" / f"{kind}_{split}.json"

@@ -194,7 +194,7 @@ def test_help_of_data_is_that_of_its_three(capsys: pytest.CaptureFixture[str]) -
         ("detect train gradstab=missing.yaml", 2, "gradstab=missing.yaml: cannot be read"),
         ("detect train model={tiny} data=missing.yaml", 1, "'missing.yaml' does not exist"),
         ("detect train model=missing.yaml data={data}", 1, "'missing.yaml' does not exist"),
-        ("pose train model={tiny} data={data}", 2, "is a detect model; use `yolo-gradstab detect train`"),
+        ("pose train model={tiny} data={data}", 2, "is a detect model, not a pose model; give the task detect"),
         ("pose train model={tiny_pose} data={data}", 1, "no category has `keypoints`"),
         ("data", 2, "data: must be followed by check, convert, sample, got nothing"),
         ("data check coco=x.json", 2, "data check: images must be given, as images=..."),

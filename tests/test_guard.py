@@ -119,6 +119,25 @@ def test_ten_of_twelve_steps_without_a_match_are_a_collapse_where_most_steps_had
     assert all(watch.add(i, loss=1.0, total_norm=1.0, matched_loss=None) is None for i in range(40))
 
 
+def test_a_classifier_that_has_fit_is_no_collapse() -> None:
+    def found(name: str) -> list[tuple[str, int]]:
+        steps = table([2.0] * 20 + [1e-6] * 30, [5.0] * 20 + [1e-5] * 30)
+        return kinds(find_divergences(steps.with_columns(pl.col("loss").alias(name))))
+
+    assert found("loss_loss") == found("loss_ce") == []
+    assert found("loss_cls") == [("collapse", 29)]
+
+
+def test_a_wrong_label_in_a_classifier_that_starts_fit_is_no_blowup() -> None:
+    def found(name: str, wrong: float) -> list[tuple[str, int]]:
+        steps = table([1e-4] * 20 + [wrong] + [1e-4] * 20)
+        return kinds(find_divergences(steps.with_columns(pl.col("loss").alias(name))))
+
+    assert found("loss_loss", 12.0) == []
+    assert found("loss_loss", 101.0) == [("blowup", 20)]
+    assert found("loss_cls", 12.0) == [("blowup", 20)]
+
+
 def test_a_step_that_was_skipped_is_not_a_divergence_but_twenty_in_a_row_are() -> None:
     losses = [200.0] * 40
     losses[15] = math.nan

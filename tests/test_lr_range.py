@@ -204,7 +204,10 @@ def test_command_prints_limit_grid_and_chart(
             "task=detect data=d.yaml model=m.yaml optimizer=SGD steps=5",
             "steps must be a whole number of at least 20, got",
         ),
-        ("task=mow data=d.yaml model=m.yaml optimizer=SGD", "task must be one of detect, pose, got 'mow'"),
+        (
+            "task=mow data=d.yaml model=m.yaml optimizer=SGD",
+            "task must be one of detect, segment, semantic, depth, classify, pose, obb, or a trainer class",
+        ),
         ("task=detect lr_mim=1", "unknown key lr_mim=1; the nearest valid key is"),
     ],
 )

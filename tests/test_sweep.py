@@ -49,7 +49,7 @@ def test_spec_is_read_from_yaml_with_overrides(tmp_path: Path) -> None:
     ("changes", "words"),
     [
         ({"tusk": 1}, r"unknown key tusk=1; the nearest valid key is task"),
-        ({"task": "segment"}, r"task must be detect or pose, got 'segment'"),
+        ({"task": "mow"}, r"task must be one of detect, segment, semantic, depth, classify, pose, obb, got 'mow'"),
         ({"jobs": "two"}, r"jobs must be a whole number from 1, got 'two'"),
         ({"jobs": 0}, r"jobs must be a whole number from 1, got 0"),
         ({"seeds": []}, r"seeds must be a list of whole numbers, e\.g\. \[0, 1, 2\], none of them negative, got \[\]"),

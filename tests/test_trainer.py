@@ -992,8 +992,11 @@ def test_trainer_for_takes_files_and_overrides(tmp_path: Path) -> None:
     assert config.to_dict()["clip"]["factor"] == 0.02
     assert config.update_clip.max_ratio == 0.03
     assert trainer_for("detect").gradstab_config.update_clip is None  # classes do not share it
-    with pytest.raises(ConfigError, match="task must be one of detect, pose, got 'classify'"):
-        trainer_for("classify")
+    with pytest.raises(
+        ConfigError,
+        match=r"task must be one of detect, segment, semantic, depth, classify, pose, obb, or a .* got 'mow'",
+    ):
+        trainer_for("mow")
     with pytest.raises(ConfigError, match=r"unknown key clipp='agc'; the nearest valid key is clip"):
         trainer_for("detect", clipp="agc")
 

@@ -51,14 +51,14 @@ from yolo_gradstab import peers
 from yolo_gradstab.clipping import clip_update_
 from yolo_gradstab.coco.conversion import convert_coco
 from yolo_gradstab.coco.dataset import read_data_yaml
-from yolo_gradstab.coco.sample import draw_sample
+from yolo_gradstab.coco.sample import SAMPLE_TASKS, draw_sample
 from yolo_gradstab.config import CLIP_POLICIES, clip_policy, load_config
 from yolo_gradstab.guard import DivergenceWatch
 from yolo_gradstab.lockstep import run_in_turns
 from yolo_gradstab.norms import gradient_norms
 from yolo_gradstab.runs import versions
 from yolo_gradstab.snapshot import LEAST_EVERY, MOST_EVERY
-from yolo_gradstab.trainer import TASKS, trainer_for
+from yolo_gradstab.trainer import trainer_for
 
 __all__ = ["PRECISIONS", "run_bench"]
 
@@ -112,7 +112,7 @@ def run_bench(
     for model in models:
         task, own_rows = _step_parts(model, device, rounds)
         rows += own_rows
-        if task not in TASKS:
+        if task not in SAMPLE_TASKS:
             continue
         about = {"model": model, "device": device.type}
         guard = _compare_guard(model, task, rounds=min(rounds, GUARD_ROUNDS))

@@ -18,12 +18,19 @@ from typing import Any
 import msgspec
 import yaml
 
-from yolo_gradstab.config import Config, ConfigError, as_numbers, config_keys, load_config, nearest, read_config_file
+from yolo_gradstab.config import (
+    TASKS,
+    Config,
+    ConfigError,
+    as_numbers,
+    config_keys,
+    load_config,
+    nearest,
+    read_config_file,
+)
 from yolo_gradstab.usage import HELP, help_of
 
 __all__ = ["main"]
-
-TASKS = ("detect", "pose")
 
 
 class UsageError(ValueError):
@@ -89,23 +96,18 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _train(task: str, words: list[str]) -> int:
-    from ultralytics import YOLO
     from ultralytics.cfg import TASK2DATA, TASK2MODEL
 
     config, arguments = _training_arguments(words)
-    from yolo_gradstab.trainer import trainer_for
+    from yolo_gradstab.trainer import host_model, trainer_for
 
     model = arguments.pop("model", None) or TASK2MODEL[task]
     if arguments.get("resume") not in {None, False, True}:
         model = arguments["resume"]  # resume=path/to/last.pt names the model as well
     if arguments.get("data") is None and not arguments.get("resume"):
         arguments["data"] = TASK2DATA[task]
-    yolo = YOLO(model)  # without the task, so that it is the model that tells
-    if yolo.task != task:
-        raise UsageError(
-            f"model={model} is a {yolo.task} model; use `yolo-gradstab {yolo.task} train` or another model"
-        )
-    yolo.train(trainer=trainer_for(task, config), **arguments)
+    yolo, trainer = host_model(task, model)
+    yolo.train(trainer=trainer_for(trainer, config), **arguments)
     return _say_where(Path(yolo.trainer.save_dir))
 
 
@@ -303,7 +305,7 @@ def _states_table(states: list[Any], height: int) -> Any:
     ended = [state for state in states if state.outcome not in {None, "running", "interrupted"}]
     diverged = sum(state.outcome == "diverged" for state in ended)
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0), caption_justify="left")
-    for name in ("trial", "step", "loss", "norm", "outcome", "mAP50-95", "time"):
+    for name in ("trial", "step", "loss", "norm", "outcome", "metric", "time"):
         table.add_column(name, justify="left" if name in {"trial", "outcome"} else "right", no_wrap=name != "trial")
     shown = [*running, *reversed(ended)][: max(1, height - 3)]
     for state in shown:
@@ -440,14 +442,14 @@ DEMO_RATES = [0.03, 0.1, 1.0]
 
 def _demo(words: list[str]) -> int:
     """Everything at small size: draw data, train over learning rates with and without `update_clip`, report."""
-    from yolo_gradstab.coco.sample import draw_sample
+    from yolo_gradstab.coco.sample import SAMPLE_TASKS, draw_sample
     from yolo_gradstab.report import build_report
     from yolo_gradstab.sweep import run_sweep
 
     out = Path(_options("demo", _pairs(words), required=(), optional={"out": "demo"})["out"])
     os.environ.setdefault("YOLO_OFFLINE", "true")  # everything it needs is drawn here
     folders = []
-    for task in TASKS:
+    for task in SAMPLE_TASKS:
         data = draw_sample(out / "data" / task, task=task, images=96, size=64)
         train = {"model": str(_tiny_model(task, out)), "data": str(data), "epochs": 16, "imgsz": 64, "batch": 8}
         train |= {"nbs": 8, "optimizer": "SGD", "close_mosaic": 4, "val": False, "plots": False, "device": "cpu"}

@@ -26,7 +26,7 @@ from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
 from yolo_gradstab.runs import RunError, RunFolder
 from yolo_gradstab.stats import Estimate
 from yolo_gradstab.sweep import Spec, Trial, plan, read_trial
-from yolo_gradstab.telemetry import MAP50_95, Run, read_run
+from yolo_gradstab.telemetry import QUALITY, Run, read_run
 
 __all__ = ["DIVERGED", "Comparison", "Entry", "NotShown", "ReportError", "Row", "Verdict", "arm_label", "gather"]
 
@@ -219,7 +219,7 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
 
 def _val_loss(run: Run) -> float | None:
     """Sum of the validation losses of the last epoch; null where there is none or, unvalidated, the host wrote 0."""
-    names = [name for name in run.results.columns if name.startswith("val/") and name.endswith("_loss")]
+    names = [name for name in run.results.columns if name.startswith("val/") and name.endswith("loss")]
     values = [run.final([name]) for name in names]
     known = [value for value in values if value is not None]
     return sum(known) if known and len(known) == len(values) and any(known) else None
@@ -227,7 +227,7 @@ def _val_loss(run: Run) -> float | None:
 
 def _validated(run: Run) -> set[str]:
     """Components of the loss that validation computes; for the others the host writes 0, as for `rle` in pose."""
-    names = (name for name in run.results.columns if name.startswith("val/") and name.endswith("_loss"))
+    names = (name for name in run.results.columns if name.startswith("val/") and name.endswith("loss"))
     return {name.removeprefix("val/").removesuffix("_loss") for name in names if run.final([name])}
 
 
@@ -242,7 +242,7 @@ def _first_loss(run: Run, components: Iterable[str]) -> float | None:
 
 
 def _best_metric(run: Run) -> float | None:
-    for name in MAP50_95:
+    for name in QUALITY:
         if name in run.results.columns:
             values = run.results[name].cast(pl.Float64, strict=False).drop_nulls().drop_nans()
             return max(values.to_list(), default=None)
@@ -322,8 +322,7 @@ class Comparison:
     @property
     def metric_name(self) -> str:
         """As a reader calls it."""
-        is_pose = any(MAP50_95[0] in entry.run.results.columns for entry in self.entries)
-        return "pose mAP50-95" if is_pose else "mAP50-95"
+        return next((name for entry in self.entries if (name := entry.run.metric_name)), "mAP50-95")
 
     @property
     def is_single(self) -> bool:

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CLIP_POLICIES",
+    "TASKS",
     "Clip",
     "Config",
     "ConfigError",
     "Guard",
     "Init",
     "Mitigations",
+    "Task",
     "Telemetry",
     "UpdateClip",
     "as_numbers",
@@ -36,6 +38,9 @@ __all__ = [
     "nearest",
     "read_config_file",
 ]
+
+Task = Literal["detect", "segment", "semantic", "depth", "classify", "pose", "obb"]  # the host's own, in its order
+TASKS: tuple[Task, ...] = get_args(Task)
 
 
 class ConfigError(ValueError):

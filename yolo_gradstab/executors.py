@@ -54,7 +54,7 @@ class TrialState(msgspec.Struct, kw_only=True):
         step: Optimizer steps recorded.
         loss: At the last of them.
         total_norm: At the last of them.
-        metric: Final mAP50-95.
+        metric: What it is judged by, at its end.
         seconds: It has taken.
     """
 
@@ -154,7 +154,7 @@ def _ending(folder: Path, trial: Trial) -> str:
         return f"{status.outcome} ({status.reason})"
     metric = run.metric
     how = f"{status.outcome} ({status.divergence})" if status.divergence else status.outcome
-    return f"{how} after {status.step} steps, " + ("no metric" if metric is None else f"mAP50-95 {metric:.3g}")
+    return f"{how} after {status.step} steps, " + ("no metric" if metric is None else f"{run.metric_name} {metric:.3g}")
 
 
 def _duration(seconds: float) -> str:

@@ -8,13 +8,15 @@ Imports neither torch nor ultralytics.
 | nonfinite | a step whose loss or gradient norm is not finite was applied, or 20 steps in a row could not be applied |
 | blowup    | the loss is 100 times its start; or its running mean is 4 times the lowest it has been and twice the     |
 |           | start, with the loss itself above the start, for 20 steps                                                |
-| collapse  | loss and norm are a thousandth of their start; or what only matched anchors have of the loss is, in ten  |
-|           | of twelve steps, where most steps before had matches; or a layer's weights are 100 times their start, or |
-|           | a BatchNorm variance is above 1e8; or the loss passed 10 times its start and the run ends at mAP50 0     |
+| collapse  | a detector's loss and norm are a thousandth of their start; or what only matched anchors have of the     |
+|           | loss is, in ten of twelve steps, where most steps before had matches; or a layer's weights are 100 times |
+|           | their start, or a BatchNorm variance is above 1e8; or the loss passed 10 times its start and the run     |
+|           | ends at mAP50 0                                                                                          |
 
 The start is the median of the first ten finite values. Nothing is judged before ten steps: a detector's loss may rise
 while its assigner settles. Collapse is a detector's own end: its class logits go so far down that nothing is matched
 any more, and loss and gradient become exactly or nearly 0. A low, finite loss is then the worst outcome, not the best.
+In a classifier it is the best: such losses say nothing there, and neither do those of a dense map (semantic, depth).
 
 Before the loss shows anything, weights, BatchNorm variances and the size of the updates do (`HealthWatch`). Where one
 grows abruptly the state of that moment is none to go back to, and a run that may go back does so at once.
@@ -28,7 +30,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any, Literal
 
@@ -51,6 +53,7 @@ __all__ = [
     "Unrest",
     "UnrestKind",
     "find_divergences",
+    "is_detector",
     "is_look",
     "matched_loss",
 ]
@@ -61,6 +64,9 @@ RISE = 4.0  # of the running mean over its lowest value
 ABOVE_START = 2.0
 LASTING_STEPS = 20  # of a risen loss, and of steps that could not be applied: a gradient scaler needs at most 16
 BLOWUP = 100.0  # of a single loss over the start
+# Nats, the least start of what is no detector: one fine-tuned from weights that fit starts near 0, and a single wrong
+# label is then any multiple of that.
+LEAST_START = 1.0
 COLLAPSE = 1e-3  # of loss, of its matched part and of the norm under the start
 COLLAPSED_STEPS = 10  # in a row: a batch without objects may be near zero once
 COLLAPSED_STEPS_AFTER_RISE = 3  # the same once the loss has passed `HIGH`
@@ -144,7 +150,14 @@ class DivergenceWatch(msgspec.Struct):
     kinds: list[DivergenceKind] = msgspec.field(default_factory=list)  # found so far, in order
 
     def add(
-        self, step: int, *, loss: float, total_norm: float, skipped: bool = False, matched_loss: float | None = None
+        self,
+        step: int,
+        *,
+        loss: float,
+        total_norm: float,
+        skipped: bool = False,
+        matched_loss: float | None = None,
+        is_detector: bool = True,
     ) -> Divergence | None:
         """Judge one optimizer step.
 
@@ -155,6 +168,7 @@ class DivergenceWatch(msgspec.Struct):
             skipped: The step was not applied; its loss and norm are not counted.
             matched_loss: The components of the loss that only matched anchors have, 0 where nothing is matched; None
                 where they are not known, or there was nothing to match.
+            is_detector: A loss of 0 is the end of it, and not the best it can come to; see the function of this name.
         """
         self.num_steps += 1
         finite = math.isfinite(loss) and math.isfinite(total_norm)
@@ -169,7 +183,7 @@ class DivergenceWatch(msgspec.Struct):
         if len(self.losses) < FIRST_STEPS:
             self.losses.append(loss)
             self.norms.append(total_norm)
-        return self._judge(step, loss, total_norm) or self._judge_matches(step, matched_loss)
+        return self._judge(step, loss, total_norm, is_detector) or self._judge_matches(step, matched_loss)
 
     def _judge_matches(self, step: int, matched_loss: float | None) -> Divergence | None:
         if matched_loss is None:
@@ -188,8 +202,9 @@ class DivergenceWatch(msgspec.Struct):
             return self._found("collapse", step, f"{reason}: nothing is matched any more")
         return None
 
-    def _judge(self, step: int, loss: float, total_norm: float) -> Divergence | None:
+    def _judge(self, step: int, loss: float, total_norm: float, is_detector: bool) -> Divergence | None:
         start, start_norm = median(self.losses), median(self.norms)
+        start = start if is_detector else max(start, LEAST_START)
         self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * loss
         self.share = SMOOTHING * self.share + (1 - SMOOTHING)
         mean = self.mean / self.share
@@ -198,7 +213,7 @@ class DivergenceWatch(msgspec.Struct):
         # The loss itself too: after one spike the mean stays up for long, although the run has healed.
         risen = mean > RISE * self.lowest_mean and mean > ABOVE_START * start and loss > start
         self.num_risen = self.num_risen + 1 if risen else 0
-        small = loss < COLLAPSE * start and total_norm < COLLAPSE * start_norm
+        small = is_detector and loss < COLLAPSE * start and total_norm < COLLAPSE * start_norm
         self.num_small = self.num_small + 1 if small else 0
         if self.num_steps <= FIRST_STEPS:
             return None
@@ -432,14 +447,25 @@ class SpikeWatch(msgspec.Struct):
         return None
 
 
+def is_detector(parts: Iterable[str]) -> bool:
+    """Whether these components are those of a loss that matches predictions with objects: boxes beside classes.
+
+    Args:
+        parts: Names, with or without the host's ``_loss``.
+    """
+    return "cls" in {name.removesuffix("_loss") for name in parts}
+
+
 def matched_loss(parts: Mapping[str, Any]) -> Any:
-    """The sum of those components that only matched anchors have: all but that of the classes; None without any.
+    """The sum of those components that only matched anchors have: all but that of the classes.
+
+    None without any, and for what is no detector.
 
     Args:
         parts: By name, with or without the host's ``_loss``; numbers, tensors, or columns.
     """
     values = [abs(value) for name, value in parts.items() if name.removesuffix("_loss") != "cls"]
-    return sum(values) if values else None
+    return sum(values) if values and is_detector(parts) else None
 
 
 def find_divergences(
@@ -458,9 +484,10 @@ def find_divergences(
     parts = {name.removeprefix("loss_"): pl.col(name) for name in steps.columns if name.startswith("loss_")}
     total = matched_loss(parts)
     columns.append([None] * len(steps) if total is None else steps.select(total).to_series().to_list())
+    matches = not parts or is_detector(parts)  # of records without components it is not known; most are detectors'
     for step, loss, total_norm, skipped, matched in zip(*columns, strict=True):
         known = {"loss": _number(loss), "total_norm": _number(total_norm), "matched_loss": matched}
-        found.append(watch.add(step, **known, skipped=bool(skipped)))
+        found.append(watch.add(step, **known, skipped=bool(skipped), is_detector=matches))
     if layers is not None:
         for step, table in _grown(layers):
             found.append(watch.add_state(step, weight_norms=table))

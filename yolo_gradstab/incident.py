@@ -399,8 +399,8 @@ def sha256_of(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
 
 
 def _spec(model: Any, *, task: str, autocast_dtype: torch.dtype | None, scale: float) -> ModelSpec:
-    if task not in TASK_MODELS:
-        raise ValueError(f"task {task} is not one of {', '.join(TASK_MODELS)}")
+    if TASK_MODELS.get(task) != type(model).__name__:  # RT-DETR's task is detect, too
+        raise ValueError(f"{type(model).__name__} is none of {', '.join(TASK_MODELS.values())}")
     from yolo_gradstab.mitigations import structure_of
 
     args = model.args if isinstance(model.args, dict) else vars(model.args)

@@ -181,7 +181,7 @@ def run_lr_range(
     The global random states and torch's determinism settings are left as found; no weights are saved.
 
     Args:
-        task: As for `trainer_for`.
+        task: One of the host's; the trainer is the model's own.
         arguments: Ultralytics' training arguments, without those the test sets itself; the optimizer is SGD by default.
         config: Keys of ours, as for `trainer_for`.
         lr_min: First rate.
@@ -194,12 +194,12 @@ def run_lr_range(
     """
     _check(arguments, lr_min=lr_min, lr_max=lr_max, steps=steps)
     from yolo_gradstab import figures
-    from yolo_gradstab.trainer import trainer_for
+    from yolo_gradstab.trainer import host_model, trainer_for
 
     # After this check the guard's own: it stops on collapse, which a rise of the loss does not show.
-    trainer_class = trainer_for(task, config, **{"guard.divergence": "stop"})
+    stopping = {"guard.divergence": "stop"}
+    trainer_for(task, config, **stopping)  # which checks both, before anything is built
     test = RangeTest(lr_min, lr_max, steps)
-    ranging = type("Ranging", (_Ranging, trainer_class), {"range_test": test})
     folder = Path(out)
     own: dict[str, Any] = {
         "epochs": steps,
@@ -212,6 +212,8 @@ def run_lr_range(
     own |= {"val": False, "save": False, "exist_ok": True, "cos_lr": False}
     own |= {"project": str(folder.parent.absolute()), "name": folder.name}
     with _left_as_found():
+        host = host_model(task, arguments["model"])[1]  # which draws the weights of a model
+        ranging = type("Ranging", (_Ranging, trainer_for(host, config, **stopping)), {"range_test": test})
         trainer = ranging(overrides={"optimizer": OPTIMIZER, **arguments, **own})
         trainer.train()
         trainer.take_divergence()  # growth of the weights is judged a step later, of the last ones at the end

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
-from yolo_gradstab.config import Config, as_numbers, load_config, nearest, read_config_file
+from yolo_gradstab.config import TASKS, Config, Task, as_numbers, load_config, nearest, read_config_file
 from yolo_gradstab.executors import TrialState, run_trials
 from yolo_gradstab.runs import replacing
 from yolo_gradstab.trial import SweepError, Trial, flow, read_trial
@@ -58,7 +58,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         name: Of its folder, where none is given; that of its file by default.
     """
 
-    task: Literal["detect", "pose"]
+    task: Task
     train: dict[str, Any]
     grid: dict[str, list[Any]]
     seeds: list[int] = msgspec.field(default_factory=lambda: [0])
@@ -71,7 +71,7 @@ class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 # The specification ---------------------------------------------------------------------------------------------------
 
 _ALLOWED = {
-    "task": "detect or pose",
+    "task": f"one of {', '.join(TASKS)}",
     "train": "Ultralytics' training arguments, e.g. {model: yolo26n.yaml, data: bccd.yaml, optimizer: SGD}",
     "grid": "keys with a list of values each, e.g. {lr0: [0.01, 0.1]}",
     "seeds": "a list of whole numbers, e.g. [0, 1, 2]",

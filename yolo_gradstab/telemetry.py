@@ -7,7 +7,8 @@
 |        | attempt            | how often the host had restarted an epoch by then                                   |
 |        | images             | images whose gradients were summed into the step                                    |
 |        | lr                 | learning rate of the largest parameter group                                        |
-|        | loss               | what was differentiated, per image; `loss_<component>` its parts as the host logs   |
+|        | loss               | what was differentiated, per image, or the batch's mean where the host takes that   |
+|        |                    | (classify, RT-DETR); `loss_<component>` its parts as the host logs them             |
 |        | total_norm         | L2 norm of the unscaled gradient before clipping, `clipped_norm` after              |
 |        | clip_coef          | clipped_norm / total_norm; 1 where nothing was clipped                              |
 |        | bounded_share      | share of tensors whose update `update_clip` cut; null where it is off               |
@@ -44,13 +45,21 @@ if TYPE_CHECKING:
     from yolo_gradstab.diagnosis import Finding
 
 __all__ = [
-    "LAYER_SCHEMA", "MAP50", "MAP50_95", "STEP_SCHEMA", "LayerRecord", "PartWriter", "Run", "StepRecord", "read_parts",
+    "LAYER_SCHEMA", "MAP50", "QUALITY", "STEP_SCHEMA", "LayerRecord", "PartWriter", "Run", "StepRecord", "read_parts",
     "read_run",
 ]  # fmt: skip
 
-# The host's names; a pose run has both of each, and is judged by its key points.
-MAP50 = ("metrics/mAP50(P)", "metrics/mAP50(B)")
-MAP50_95 = ("metrics/mAP50-95(P)", "metrics/mAP50-95(B)")
+# What a run is judged by, as the host names it and as a reader calls it; the first that there is: a pose run also has
+# the boxes', a segmentation too. What has no mAP has no value of its own at which nothing has been learned.
+QUALITY = {
+    "metrics/mAP50-95(P)": "pose mAP50-95",
+    "metrics/mAP50-95(M)": "mask mAP50-95",
+    "metrics/mAP50-95(B)": "mAP50-95",
+    "metrics/accuracy_top1": "top-1 accuracy",
+    "metrics/mIoU": "mIoU",
+    "metrics/delta1": "delta1",
+}
+MAP50 = ("metrics/mAP50(P)", "metrics/mAP50(M)", "metrics/mAP50(B)")
 
 
 class StepRecord(msgspec.Struct, kw_only=True):
@@ -279,13 +288,22 @@ class Run:
 
     @cached_property
     def metric(self) -> float | None:
-        """mAP50-95 after the last epoch, see `final`."""
-        return self.final(MAP50_95)
+        """The first of `QUALITY` after the last epoch, see `final`."""
+        return self.final(list(QUALITY))
+
+    @property
+    def metric_name(self) -> str | None:
+        """What `metric` is, as a reader calls it; null where the run was never validated."""
+        known = {*self.results.columns, *self.status.metrics}
+        return next((label for name, label in QUALITY.items() if name in known), None)
 
     @cached_property
     def map50(self) -> float | None:
-        """mAP50 after the last epoch, see `final`; mAP50-95, which is smaller, where only that was recorded."""
-        return self.final(MAP50 + MAP50_95)
+        """mAP50 after the last epoch, see `final`; mAP50-95, which is smaller, where only that was recorded.
+
+        Null for what has neither: classify, semantic and depth.
+        """
+        return self.final([*MAP50, *(name for name in QUALITY if "mAP50-95" in name)])
 
     def final(self, names: Sequence[str]) -> float | None:
         """After the last epoch, the first of these metrics that there is; null where it is not finite.

@@ -16,6 +16,7 @@ Where our parts stand in the host's loop (`BaseTrainer._do_train`; ours in capit
 
 from __future__ import annotations
 
+import csv
 import math
 import random
 import signal
@@ -32,15 +33,25 @@ import torch
 import yaml
 from torch import Tensor
 from ultralytics import __version__ as host_version
+from ultralytics.engine.model import Model
 from ultralytics.engine.trainer import BaseTrainer
+from ultralytics.models import RTDETR, YOLO
+from ultralytics.models.rtdetr.train import RTDETRTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.nn.tasks import ClassificationModel, RTDETRDetectionModel, yaml_model_load
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
 from yolo_gradstab.clipping import Clipped, ClipPolicy, UpdateRatios, clip_update_, multiply_, update_ratios
-from yolo_gradstab.coco.dataset import build_coco_dataset, read_data_yaml, resolved_yaml
-from yolo_gradstab.config import Config, ConfigError, Mitigations, build_policy, load_config, read_config_file
+from yolo_gradstab.coco import CocoError
+from yolo_gradstab.coco.dataset import (
+    CocoDataset,
+    CocoRTDETRDataset,
+    build_coco_dataset,
+    read_data_yaml,
+    resolved_yaml,
+)
+from yolo_gradstab.config import TASKS, Config, ConfigError, Mitigations, build_policy, load_config, read_config_file
 from yolo_gradstab.diagnosis import last_words, records_of
 from yolo_gradstab.guard import (
     DEAD_STEPS,
@@ -53,6 +64,7 @@ from yolo_gradstab.guard import (
     Spike,
     SpikeWatch,
     Unrest,
+    is_detector,
     is_look,
     matched_loss,
 )
@@ -74,9 +86,13 @@ from yolo_gradstab.snapshot import Snapshot, Snapshots
 from yolo_gradstab.telemetry import LAYER_SCHEMA, MAP50, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord, read_run
 from yolo_gradstab.trackers import Trackers
 
-__all__ = ["TASKS", "GradstabMixin", "trainer_for"]
+__all__ = ["GradstabMixin", "host_model", "trainer_for"]
 
-TASKS: dict[str, type[BaseTrainer]] = {"detect": DetectionTrainer, "pose": PoseTrainer}
+# Their loss is the mean of a batch; that of the host's other models is summed over its images.
+MEAN_LOSS = (ClassificationModel, RTDETRDetectionModel)
+
+# By how the host's trainer builds its own.
+COCO_DATASETS = {DetectionTrainer.build_dataset: CocoDataset, RTDETRTrainer.build_dataset: CocoRTDETRDataset}
 
 MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 
@@ -85,14 +101,17 @@ USUAL_MEDIAN = (0.1, 10.0)  # of all weights: that of the host's models is 1, of
 STATE_KEY = "gradstab"  # of our state, inside the checkpoint's optimizer state
 
 
-def trainer_for(task: str, config: Config | dict[str, Any] | str | Path | None = None, /, **overrides: Any) -> type:
+def trainer_for(
+    task: str | type[BaseTrainer], config: Config | dict[str, Any] | str | Path | None = None, /, **overrides: Any
+) -> type:
     """A trainer class for `YOLO(...).train(trainer=...)`, with the configuration built in.
 
     The configuration is an attribute of a class made here, since that is what reaches the workers of a multi-GPU
     run: the host pickles the class and rebuilds the trainer from it.
 
     Args:
-        task: ``detect`` or ``pose``.
+        task: One of the host's, for the trainer of its YOLO models; or a trainer class of the host or built on one:
+            ``RTDETRTrainer``, ``WorldTrainer``, ``YOLOETrainer``, one of your own.
         config: A `Config`, a mapping of its keys, or the path of a YAML file of them.
         overrides: Keys that win over `config`: ``clip="agc"``, ``update_clip=0.03``, ``guard={"nonfinite": "stop"}``,
             or dotted ones as ``**{"clip.factor": 0.02}``.
@@ -104,11 +123,34 @@ def trainer_for(task: str, config: Config | dict[str, Any] | str | Path | None =
         >>> trainer_for("detect", clip="agc").gradstab_config.clip.factor
         0.01
     """
-    if task not in TASKS:
-        raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    host = _host_trainer(task)
     layer = read_config_file(config) if isinstance(config, (str, Path)) else config
     attributes = {"gradstab_config": load_config(layer, overrides), "__module__": __name__}
-    return type(f"Gradstab{TASKS[task].__name__}", (GradstabMixin, TASKS[task]), attributes)
+    return type(f"Gradstab{host.__name__}", (GradstabMixin, host), attributes)
+
+
+def _host_trainer(task: str | type[BaseTrainer]) -> type[BaseTrainer]:
+    if isinstance(task, str) and task in TASKS:
+        host: type[BaseTrainer] = YOLO.task_map.fget(None)[task]["trainer"]  # a property that reads nothing of a model
+        return host
+    if isinstance(task, type) and issubclass(task, BaseTrainer) and not issubclass(task, GradstabMixin):
+        return task
+    raise ConfigError(f"task must be one of {', '.join(TASKS)}, or a trainer class of Ultralytics, got {task!r}")
+
+
+def host_model(task: str, model: str) -> tuple[Model, type[BaseTrainer]]:
+    """The host's model and its trainer: those of RT-DETR, YOLO-World and YOLOE are others than their task's.
+
+    Raises:
+        ConfigError: It is a model for another task.
+    """
+    # By its name, as the host's own command; the others without the task, so that it is the model that tells.
+    yolo = RTDETR(model) if "rtdetr" in Path(model).stem.lower() else YOLO(model)
+    if yolo.task != task:
+        raise ConfigError(
+            f"model={model} is a {yolo.task} model, not a {task} model; give the task {yolo.task} or another model"
+        )
+    return yolo, yolo.task_map[task]["trainer"]
 
 
 class _CheckpointPath(type(Path())):  # type: ignore[misc]  # Path itself cannot be subclassed before Python 3.12
@@ -120,15 +162,22 @@ class _CheckpointPath(type(Path())):  # type: ignore[misc]  # Path itself cannot
 
 
 class _Accumulated:
-    """What the micro-batches since the last optimizer step add up to; sums stay on the device."""
+    """What the micro-batches since the last optimizer step add up to; sums stay on the device.
+
+    Attributes:
+        images: In them.
+        terms: Whose sum the loss and the gradient are: images, or micro-batches where the loss of one is a mean.
+    """
 
     def __init__(self) -> None:
         self.images = 0
+        self.terms = 0
         self.loss: Tensor | float = 0.0
         self.items: dict[str, Tensor | float] = {}
 
-    def add(self, loss: Tensor, items: dict[str, Tensor], images: int) -> None:
+    def add(self, loss: Tensor, items: dict[str, Tensor], images: int, *, is_mean: bool) -> None:
         self.images += images
+        self.terms += 1 if is_mean else images
         self.loss = self.loss + loss.detach()
         for name, value in items.items():
             self.items[name] = self.items.get(name, 0.0) + value.detach() * images
@@ -141,12 +190,14 @@ class _Accumulated:
         self.items = dict(zip(self.items, items, strict=True))
 
     def state(self) -> dict[str, Any]:
-        return {"images": self.images, "loss": float(self.loss), "items": {k: float(v) for k, v in self.items.items()}}
+        numbers = {"images": self.images, "terms": self.terms, "loss": float(self.loss)}
+        return {**numbers, "items": {k: float(v) for k, v in self.items.items()}}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> _Accumulated:
         new = cls()
-        new.images, new.loss, new.items = state["images"], state["loss"], state["items"]
+        new.images, new.terms = state["images"], state["terms"]
+        new.loss, new.items = state["loss"], state["items"]
         return new
 
 
@@ -261,8 +312,16 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         """The host's dataset, or ours for a COCO JSON file."""
         if not str(img_path).lower().endswith(".json"):
             return super().build_dataset(img_path, mode, batch)
+        kind = COCO_DATASETS.get(super().build_dataset.__func__)
+        if kind is None:
+            raise CocoError(
+                f"{img_path}: {type(self).__name__} has a dataset of its own and cannot read COCO JSON; convert it: "
+                f"`yolo-gradstab data convert coco=... images=... out=... task={self.args.task}`"
+            )
         stride = max(int(unwrap_model(self.model).stride.max()), 32)
-        return build_coco_dataset(self.args, img_path, batch, self.data, mode, rect=mode == "val", stride=stride)
+        return build_coco_dataset(
+            self.args, img_path, batch, self.data, mode, rect=mode == "val", stride=stride, kind=kind
+        )
 
     def plot_training_samples(self, batch: dict[str, Any], ni: int) -> None:
         """The host's, from a copy: it scales pixels and replaces labels in place, and an incident may keep them."""
@@ -274,8 +333,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         """The host's model with our mitigations, made before any weights are loaded into it.
 
         Raises:
-            ConfigError: They do not fit the model, or the weights.
+            ConfigError: They do not fit the model, or the weights; or the model is not this trainer's.
         """
+        self._check_head(cfg)
         wanted = self._config.mitigations
         if weights is not None:
             before = structure_of(weights)
@@ -293,6 +353,17 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             for change in changes:
                 LOGGER.info(f"mitigations.{change.key}={change.value}: {_in_words(change.modules)}")
         return model
+
+    def _check_head(self, cfg: Any) -> None:
+        """Refuse a model with a trainer of its own, which another meets with an error far from the cause."""
+        layers = cfg if isinstance(cfg, dict) else yaml_model_load(cfg)
+        head = [*layers["backbone"], *layers["head"]][-1][2]
+        for kind in ("RTDETR", "World", "YOLOE"):
+            if head.startswith(kind) and not any(cls.__name__.startswith(kind) for cls in type(self).__mro__):
+                raise ConfigError(
+                    f"{type(self).__name__} cannot train {head}; give trainer_for the model's own trainer class, "
+                    f'as in trainer_for(model.task_map["{self.args.task}"]["trainer"])'
+                )
 
     # The loop --------------------------------------------------------------------------------------------------------
 
@@ -355,7 +426,12 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         overflowed = not sound and self.scaler.is_enabled() and bool(measured.nonfinite().any())
         left_out = skipped or overflowed
         found = self._watch.add(
-            self._step, loss=loss, total_norm=total_norm, skipped=left_out, matched_loss=self._matched_loss
+            self._step,
+            loss=loss,
+            total_norm=total_norm,
+            skipped=left_out,
+            matched_loss=self._matched_loss,
+            is_detector=is_detector(self._accumulated.items),
         )
         self._judge(found)
         self._health.add_loss(loss)
@@ -386,13 +462,13 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
     def _clip(self, measured: GradientNorms, spike: Spike | None) -> Clipped:
         """The policy; before it, a spike is brought down to the largest norm that would have been none."""
-        images = self._accumulated.images
+        terms = self._accumulated.terms
         if spike is None:
-            return self._policy.apply_(self._parameters, measured, num_images=images)
+            return self._policy.apply_(self._parameters, measured, num_images=terms)
         coef = torch.clamp(spike.limit / measured.total_norm, max=1.0)
         multiply_([p.grad for p in self._parameters if p.grad is not None], coef)
         lowered = GradientNorms(measured.norms * coef, measured.total_norm * coef)
-        clipped = self._policy.apply_(self._parameters, lowered, num_images=images)
+        clipped = self._policy.apply_(self._parameters, lowered, num_images=terms)
         return clipped._replace(clip_coef=clipped.clip_coef * coef)
 
     def _spike(self, total_norm: float) -> Spike | None:
@@ -400,7 +476,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         wanted = self._config.guard.spike
         if wanted == "off":
             return None
-        spike = self._spikes.judge(total_norm, images=self._accumulated.images)
+        spike = self._spikes.judge(total_norm, images=self._accumulated.terms)
         if spike is None:
             return None
         action = "accept" if spike.is_new_level else wanted
@@ -431,7 +507,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         empty = self.world_size == 1 and not any(len(batch.get("bboxes", ())) for batch in self._micro_batches)
         if matched is None or empty:  # not known, or nothing was to be matched
             matched = torch.full_like(loss, -1.0)
-        means = torch.stack([loss.to(total_norm.dtype), matched.to(total_norm)]) / self._accumulated.images
+        done = self._accumulated
+        means = torch.stack([loss.to(total_norm.dtype) / done.terms, matched.to(total_norm) / done.images])
         values = torch.cat([total_norm[None], means, pixels.to(total_norm)[None]])
         if look is not None:
             values = torch.cat([values, look.to(values)])
@@ -742,7 +819,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _gather(self) -> None:
         """Add the current micro-batch's losses; under DDP the host has multiplied them by the number of ranks."""
         loss = self.loss / self.world_size if RANK != -1 else self.loss
-        self._accumulated.add(loss, self.loss_items, self._batch_images)
+        is_mean = isinstance(unwrap_model(self.model), MEAN_LOSS)
+        self._accumulated.add(loss, self.loss_items, self._batch_images, is_mean=is_mean)
 
     def _end_batch(self) -> None:
         if not self._stepped:
@@ -774,7 +852,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._look = self._looked(*stages, measured=moved is not None, applied_norm=clipped.clipped_norm)
         if self._run is None:
             return
-        values: dict[str, Any] = {"loss": done.loss / done.images}
+        values: dict[str, Any] = {"loss": done.loss / done.terms}
         values |= {f"item/{name}": value / done.images for name, value in done.items.items()}
         values |= {"total_norm": measured.total_norm, **clipped._asdict(), "nonfinite": measured.nonfinite().sum()}
         if moved is not None:
@@ -950,6 +1028,21 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._map50 = next((metrics[name] for name in MAP50 if name in metrics), None)
             metrics.update(self._epoch_columns)
         return metrics, fitness
+
+    def save_metrics(self, metrics: dict[str, Any]) -> None:
+        """The host's row of `results.csv`; where its columns have changed, the rows before it under the new ones.
+
+        Until a depth run is first validated, the host writes the columns of a detector, and of those it writes zeros.
+        """
+        names = ["epoch", "time", *metrics]
+        if self.csv.exists():
+            with self.csv.open(encoding="utf-8", newline="") as file:
+                rows = csv.DictReader(file)
+                changed = [] if rows.fieldnames == names else [[row.get(name, "0") for name in names] for row in rows]
+            if changed:
+                with replacing(self.csv) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+                    csv.writer(file, lineterminator="\n").writerows([names, *changed])
+        super().save_metrics(metrics)
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from yolo_gradstab.config import TASKS
+
 __all__ = ["HELP", "help_of"]
 
 HELP = """\
@@ -11,6 +13,7 @@ yolo-gradstab: Ultralytics YOLO training with gradients measured, clipped and re
 
   yolo-gradstab detect train data=... model=yolo26n.yaml lr0=0.01 clip=agc      every Ultralytics argument works
   yolo-gradstab pose   train data=... model=yolo26n-pose.yaml
+  yolo-gradstab TASK   train ...                 also segment, obb, classify, semantic, depth; RT-DETR by its model
   yolo-gradstab demo [out=demo]                  sample data, detect and pose runs over learning rates, a report
   yolo-gradstab sweep SPEC.yaml [out=DIR] [retry=failed] [key=value ...]    run or continue a sweep, then its report
   yolo-gradstab lr-range task=detect data=... model=... optimizer=SGD    bracket the stable learning rates
@@ -45,7 +48,7 @@ yolo-gradstab {task} train data=DATA.yaml model=MODEL [key=value ...]
 
 Trains as `yolo {task} train` does, with the gradient measured, clipped and recorded. Every argument of Ultralytics
 works; `yolo-gradstab help` lists ours. data is a YAML in Ultralytics' form, or one whose train and val are COCO JSON
-files.
+files (detect, pose and segment).
 
   model=yolo26n.yaml         or a .pt file to start from
   clip=norm                  what is done to the gradient; clip.max_norm=10 and so on
@@ -82,7 +85,7 @@ yolo-gradstab lr-range task=detect data=DATA.yaml model=MODEL [optimizer=SGD] [k
 Raises the learning rate at every step until training breaks, and prints where, a chart, and a grid to sweep. It
 brackets the rates that are stable for some steps; a sweep tells which are for a whole run.
 
-  task=detect                or pose
+  task=detect                or another that is trained
   lr_min=1e-5 lr_max=1       from which rate to which
   steps=150                  optimizer steps on the way
   out=runs/lr_range          where lr_range.png and lr_range.json go
@@ -171,7 +174,7 @@ Draws a small COCO set with exact labels, in seconds: shapes to detect, or figur
 
 def help_of(words: Sequence[str]) -> str:
     """The help of the command that these words begin with; of all where they begin with none."""
-    if words[1:2] == ["train"] or words[0] in {"detect", "pose"}:
+    if words[1:2] == ["train"] or words[0] in TASKS:
         return _TRAIN.format(task=words[0])
     if words[0] == "data" and " ".join(words[:2]) not in _COMMANDS:
         return "\n".join(text for name, text in _COMMANDS.items() if name.startswith("data "))

@@ -14,6 +14,7 @@ import numpy as np
 import yaml
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.data.utils import check_file_speeds, get_split_fraction
+from ultralytics.models.rtdetr.val import RTDETRDataset
 from ultralytics.utils import DATASETS_DIR, LOCAL_RANK, LOGGER, colorstr
 
 from yolo_gradstab.coco.annotations import CocoCategory, CocoError, CocoImage, read_coco, read_listing
@@ -30,7 +31,7 @@ from yolo_gradstab.coco.images import (
 from yolo_gradstab.coco.keypoints import keypoint_layout
 from yolo_gradstab.coco.labels import ImageLabels, check_task, class_names, make_labels
 
-__all__ = ["CocoDataset", "build_coco_dataset", "read_data_yaml", "resolved_yaml"]
+__all__ = ["CocoDataset", "CocoRTDETRDataset", "build_coco_dataset", "read_data_yaml", "resolved_yaml"]
 
 SPLITS = ("train", "val", "test")
 
@@ -94,6 +95,10 @@ class CocoDataset(YOLODataset):  # type: ignore[misc, unused-ignore]  # the host
         return labels
 
 
+class CocoRTDETRDataset(CocoDataset, RTDETRDataset):  # type: ignore[misc, unused-ignore]
+    """The same for RT-DETR, whose images are stretched to a square."""
+
+
 def build_coco_dataset(
     args: SimpleNamespace,
     img_path: str,
@@ -103,18 +108,19 @@ def build_coco_dataset(
     rect: bool = False,
     stride: int = 32,
     fraction: float | None = None,
+    kind: type[CocoDataset] = CocoDataset,
 ) -> CocoDataset:
     """Build the dataset of one split: the host's `build_yolo_dataset`, argument for argument, for COCO JSON."""
     check_task(args.task)
     if fraction is None:
         fraction = get_split_fraction(args.fraction, "train" if mode == "train" else args.split)
-    return CocoDataset(
+    return kind(
         img_path=img_path,
         imgsz=args.imgsz,
         batch_size=batch,
         augment=mode == "train",
         hyp=args,
-        rect=args.rect or rect,
+        rect=(args.rect or rect) and not issubclass(kind, RTDETRDataset),
         cache=args.cache or None,
         single_cls=args.single_cls or False,
         stride=stride,

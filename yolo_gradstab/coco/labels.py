@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 TASKS = ("detect", "pose", "segment")
+OUTLINED = ("obb", "semantic")  # which the host trains from outlines too: their smallest rectangle, their inside
 
 REASONS = ("missing_image", "crowd", "zero_area", "outside", "no_keypoints", "no_segment", "duplicate")
 """Why an annotation is not used, in the order they are tried; an annotation has the first that applies."""
@@ -196,7 +197,9 @@ class _Keypoints:
 def check_task(task: str) -> None:
     """Refuse a task that COCO annotations do not describe."""
     if task not in TASKS:
-        raise CocoError(f"task must be one of {', '.join(TASKS)} for COCO JSON, got {task!r}")
+        convert = "`yolo-gradstab data convert ... task=segment` writes labels that it takes"
+        advice = convert if task in OUTLINED else "give data in Ultralytics' own format"
+        raise CocoError(f"task must be one of {', '.join(TASKS)} for COCO JSON, got {task!r}; {advice}")
 
 
 def make_labels(coco: CocoAnnotations, files: Mapping[int, str], *, task: str) -> CocoLabels:
