@@ -89,17 +89,6 @@ def test_a_state_is_good_once_the_next_one_is_taken() -> None:
     assert snapshots.good.step == 65
 
 
-def test_a_state_that_is_doubted_does_not_become_good() -> None:
-    snapshots = Snapshots()
-    run(snapshots, 21)
-    snapshots.doubt()
-    assert run(snapshots, 61, first=40) == [40, 60]
-    assert snapshots.good is not None and snapshots.good.step == 40
-    snapshots.doubt()
-    assert run(snapshots, 81, first=80) == [80]
-    assert snapshots.good.step == 40
-
-
 def test_snapshots_thin_out_as_a_run_grows_long() -> None:
     taken = run(Snapshots(), 10_000)
     gaps = [b - a for a, b in itertools.pairwise(taken)]

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from statistics import fmean, median
+from statistics import median
 from typing import Any, Literal
 
 import msgspec
@@ -92,13 +92,7 @@ UNREST_GROWTH = ((10, 4.0), (40, 5.0))  # within so many steps, so many times
 UNREST_VARIANCE = (10, 70.0)
 UNREST_RATIO = 0.3
 BEARABLE_RATIO = 0.01  # median update over weight that a lowered rate is aimed at
-UPDATES_KEPT = 128
 LARGEST_RATIO = 1.0  # that is believed: one torn step must not lower the rate to nothing
-# A run may drift for a hundred steps before it blows up, its weights calm, and a state from then learns less than a
-# new one. On drawn sets the mean loss rose so far in 3 of 92 runs that learned, and in 18 of 42 that did not.
-LOSS_STEPS = 20  # of a mean loss
-LOSS_RISE = 1.05  # over the lowest such mean
-LOSS_MEMORY = 400  # steps, after which a higher loss is how the run is now
 
 SPIKE_WINDOW = 128  # accepted norms that make the history
 SPIKE_HISTORY = 20  # of them before anything is a spike
@@ -303,19 +297,10 @@ class HealthWatch(msgspec.Struct):
     steps: list[int] = msgspec.field(default_factory=list)  # of the last looks, oldest first
     weight_norms: list[dict[str, float]] = msgspec.field(default_factory=list)
     running_vars: list[float] = msgspec.field(default_factory=list)
-    # Of the last looks that measured one: step, median update, norm that was applied.
-    updates: list[tuple[int, float, float]] = msgspec.field(default_factory=list)
-    losses: list[float] = msgspec.field(default_factory=list)  # of the last steps
-    mean_losses: list[float] = msgspec.field(default_factory=list)
+    highest_ratio: float = 0.0  # of the median updates that were measured
 
     def look(
-        self,
-        step: int,
-        *,
-        weight_norms: dict[str, float],
-        running_var: float,
-        update_ratio: float | None = None,
-        applied_norm: float | None = None,
+        self, step: int, *, weight_norms: dict[str, float], running_var: float, update_ratio: float | None = None
     ) -> Unrest | None:
         """Compare the model with how it was a number of steps before, or at the start if that is nearer.
 
@@ -324,15 +309,13 @@ class HealthWatch(msgspec.Struct):
             weight_norms: Per layer.
             running_var: The largest of the model's BatchNorm variances.
             update_ratio: Median over the layers of the update's norm over the weights', where it was measured.
-            applied_norm: Of the gradient that the optimizer was given, after clipping, where it is known.
         """
         old = sum(1 for seen in self.steps if seen < step - UNREST_GROWTH[-1][0])
         self.steps = [*self.steps[old:], step]
         self.weight_norms = [*self.weight_norms[old:], weight_norms]
         self.running_vars = [*self.running_vars[old:], running_var]
-        if update_ratio is not None:
-            update = (step, update_ratio, math.nan if applied_norm is None else applied_norm)
-            self.updates = [*self.updates[1 - UPDATES_KEPT :], update]
+        if update_ratio is not None and not update_ratio <= self.highest_ratio:
+            self.highest_ratio = math.inf if math.isnan(update_ratio) else update_ratio
         for steps, limit in UNREST_GROWTH:
             before = self.weight_norms[self._index(step - steps)]
             growth = {name: norm / before[name] for name, norm in weight_norms.items() if before.get(name, 0.0) > 0}
@@ -347,45 +330,19 @@ class HealthWatch(msgspec.Struct):
             return Unrest("update_ratio", None, update_ratio, UNREST_RATIO, 1)
         return None
 
-    def add_loss(self, loss: float) -> None:
-        """Take in a step's loss per image; one that is not finite says nothing here."""
-        if not math.isfinite(loss):
-            return
-        self.losses = [*self.losses[1 - LOSS_STEPS :], loss]
-        if len(self.losses) == LOSS_STEPS:
-            self.mean_losses = [*self.mean_losses[1 - LOSS_MEMORY :], fmean(self.losses)]
-
-    @property
-    def loss_has_risen(self) -> bool:
-        """Whether the mean loss is above its lowest, as it is in a run that drifts; a loss below zero has no scale."""
-        return bool(self.mean_losses) and self.mean_losses[-1] > LOSS_RISE * min(self.mean_losses) > 0
-
     def _index(self, step: int) -> int:
         """Of the earliest look at this step or later."""
         return next(i for i, seen in enumerate(self.steps) if seen >= step)
 
-    def num_backoffs(self, backoff: float, *, within: int = 10) -> int:
+    def num_backoffs(self, backoff: float) -> int:
         """How many times the rate is to be lowered by `backoff`, at least once, for updates that a run can bear.
 
-        An update is proportional to the rate, so that the largest that was seen says how much lower the rate must be.
-        (Updates of a warm-up, divided by how far that had come, say too much: Adam's first ones are large at any rate.)
-        It is proportional to the gradient too, where nothing clips that. So in a run that is old enough, the last steps
-        do not count, in which the gradient grew, and where it was more than a spike's factor above its median, as at
-        the start, the update counts as so much less.
-
-        Args:
-            backoff: Between 0 and 1.
-            within: Steps in which the trouble grew.
+        An update is proportional to the rate where the gradient is clipped or the optimizer adaptive, so that the
+        largest that was seen says how much lower the rate must be.
         """
-        if backoff == 1 or not self.updates:
+        if not self.highest_ratio > BEARABLE_RATIO or backoff == 1:
             return 1
-        before = [update for update in self.updates if update[0] <= self.updates[-1][0] - within]
-        known = before if len(before) >= SPIKE_HISTORY else self.updates
-        usual = median(norm for _, _, norm in known) if known is before else math.inf
-        ratios = [ratio / max(1.0, norm / usual) if norm > SPIKE_RISE * usual else ratio for _, ratio, norm in known]
-        ratio = LARGEST_RATIO if any(map(math.isnan, ratios)) else min(max(ratios), LARGEST_RATIO)
-        if not ratio > BEARABLE_RATIO:
-            return 1
+        ratio = min(self.highest_ratio, LARGEST_RATIO)
         return max(1, math.ceil(math.log(ratio / BEARABLE_RATIO) / -math.log(backoff)))
 
 

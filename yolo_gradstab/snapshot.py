@@ -112,10 +112,6 @@ class Snapshots:
         self._candidate = None
         self._calm_from = step + RESTLESS_STEPS
 
-    def doubt(self) -> None:
-        """What was taken last does not become good."""
-        self._candidate = None
-
     def go_back(self, step: int) -> Snapshot | None:
         """The state to restore at this step; what came after it is forgotten."""
         self._candidate = None

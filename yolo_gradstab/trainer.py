@@ -434,7 +434,6 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             is_detector=is_detector(self._accumulated.items),
         )
         self._judge(found)
-        self._health.add_loss(loss)
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
         self._keep_incident(measured, having, total_norm=total_norm, loss=loss)
         # A step that shows the run to be lost is not made either: its weights will be taken back.
@@ -522,7 +521,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
     def _judge_model(self, looked: list[float], *, running: bool = True) -> None:
         """Has the model itself gone, or grown so abruptly that this is no state to go back to?"""
-        update_ratio, applied_norm, running_var, *others = looked
+        update_ratio, running_var, *others = looked
         norms, zero_steps = others[: len(self._layers.names)], others[len(self._layers.names) :]
         self._report_dead(zero_steps)
         named = zip(self._layers.names, norms, strict=True)
@@ -531,11 +530,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._judge(found, running=running)
         ratio = None if update_ratio < 0 else update_ratio
         unrest = self._health.look(
-            self._step - 1,
-            weight_norms=weight_norms,
-            running_var=running_var,
-            update_ratio=ratio,
-            applied_norm=None if ratio is None else applied_norm,
+            self._step - 1, weight_norms=weight_norms, running_var=running_var, update_ratio=ratio
         )
         if unrest is not None:
             self._snapshots.disturb(self._step)
@@ -622,11 +617,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
         One bad image is in BatchNorm's statistics before its step is judged and left out.
         """
-        if self._config.guard.divergence != "rollback" or not self._snapshots.is_due(self._step):
-            return
-        if self._health.loss_has_risen:
-            self._snapshots.doubt()
-        else:
+        if self._config.guard.divergence == "rollback" and self._snapshots.is_due(self._step):
             self._snapshots.add(self._snapshot())
 
     def _snapshot(self) -> Snapshot:
@@ -658,8 +649,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self.ema.updates = others["ema_updates"]
         self._watch = msgspec.convert(others["watch"], DivergenceWatch)
         self._spikes = msgspec.convert(others["spikes"], SpikeWatch)
-        within = found.steps if isinstance(found, Unrest) else LOOK_EVERY
-        num_backoffs = self._health.num_backoffs(self._config.guard.backoff, within=max(within, 2 * LOOK_EVERY))
+        num_backoffs = self._health.num_backoffs(self._config.guard.backoff)
         self._health, self._restless, self._look, self._bounds = HealthWatch(), False, None, []
         self._zero_steps = None
         if isinstance(found, Divergence) and self._rollbacks >= self._config.guard.max_rollbacks:
@@ -849,7 +839,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         looks, records = is_look(step), step % self._config.telemetry.layers_every == 0
         stages = self._layer_weights(moved) if looks or records else None
         if looks and stages is not None:
-            self._look = self._looked(*stages, measured=moved is not None, applied_norm=clipped.clipped_norm)
+            self._look = self._looked(*stages, measured=moved is not None)
         if self._run is None:
             return
         values: dict[str, Any] = {"loss": done.loss / done.terms}
@@ -893,11 +883,11 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         updates = self._layers.norms(self._spread(update_norm, self._trained_index))
         return weights, updates / weights.clamp_min(torch.finfo(weights.dtype).tiny)
 
-    def _looked(self, weights: Tensor, ratios: Tensor, *, measured: bool, applied_norm: Tensor) -> Tensor:
-        """A look at the model, on the device: update ratio (-1 if unknown), gradient, variance, weights, zero steps."""
+    def _looked(self, weights: Tensor, ratios: Tensor, *, measured: bool) -> Tensor:
+        """A look at the model, still on the device: `update_ratio` (-1 if unknown), variance, norms, zero steps."""
         variance = torch._foreach_norm(self._variances, math.inf) if self._variances else [weights.new_zeros(())]
         ratio = ratios[weights > 0].median() if measured else weights.new_full((), -1.0)
-        first = torch.stack([ratio, applied_norm.to(ratio), torch.stack(tuple(variance)).max().to(ratio)])
+        first = torch.stack([ratio, torch.stack(tuple(variance)).max().to(ratio)])
         zero_steps = [] if self._zero_steps is None else [self._zero_steps.to(ratio)]
         return torch.cat([first, weights, *zero_steps])
 
