@@ -85,18 +85,22 @@ class PreparedSet:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """What a cache gave: the set or, in words, why not; and the images that need no second look."""
+    """What a cache gave: the set or, in words, why not; and which images were in order."""
 
     prepared: PreparedSet | None = None
+    unchanged: Mask | None = None
+    """(images,) those of the set that need no second look"""
     seen: dict[str, Seen] = field(default_factory=dict)
-    """By file"""
+    """By file, where there is no set"""
     refused: str = ""
     """Why there is no set; empty also where there was no cache"""
     is_current: bool = False
     """Whether writing it again would bring the next start nothing"""
 
     def in_order(self, prepared: PreparedSet) -> Mask:
-        """Tell which images of a set are among those seen."""
+        """Tell which images of a set, this one or one made anew, need no second look."""
+        if self.unchanged is not None:
+            return self.unchanged
         rows = zip(prepared.labels.files, prepared.stamps.tolist(), prepared.labels.images, strict=True)
         seen = self.seen.get
         return np.array([seen(file) == (*stamp, image.width, image.height) for file, stamp, image in rows], np.bool_)
@@ -226,27 +230,25 @@ class LabelCache:
     def _judged(
         self, header: _Header, body: _Body, labels: FlatLabels, stamps: Stamps, folders: Sequence[Path]
     ) -> Cached:
-        seen: dict[str, Seen] = {}
-        if body.folders == [str(folder) for folder in folders]:
-            rows = zip(labels.files, stamps.tolist(), labels.images, strict=True)
-            seen = {
-                file: Seen(stamp[0], stamp[1], image.width, image.height)
-                for file, stamp, image in rows
-                if stamp[0] >= 0
-            }
+        are_here = body.folders == [str(folder) for folder in folders]
         is_known = self._is_of(header)
         self._content = self._content or (header.content if is_known else _content(self.json_file))
-        if self._content != header.content:
-            return Cached(seen=seen, refused="is of another content of the JSON")
         stamps_now = stamp_images(labels.files)
-        if (stamps_now[:, 0] < 0).any():
-            return Cached(seen=seen, refused="has images that are gone")
-        if labels.files != sorted(labels.files):
-            return Cached(seen=seen, refused="has the images in other folders")
+        refused = ""
+        if self._content != header.content:
+            refused = "is of another content of the JSON"
+        elif (stamps_now[:, 0] < 0).any():
+            refused = "has images that are gone"
+        elif labels.files != sorted(labels.files):
+            refused = "has the images in other folders"
+        if refused:
+            rows = zip(labels.files, stamps.tolist(), labels.images, strict=True)
+            seen = {file: Seen(size, mtime, i.width, i.height) for file, (size, mtime), i in rows if size >= 0}
+            return Cached(seen=seen if are_here else {}, refused=refused)
         report = msgspec.structs.replace(body.report, coco=str(self.json_file))
         return Cached(
             prepared=PreparedSet(labels, report, header.first, header.categories, body.kpt_shape, stamps_now),
-            seen=seen,
+            unchanged=(stamps == stamps_now).all(1) & are_here,
             is_current=is_known or not self._is_settled,
         )
 

@@ -91,7 +91,7 @@ class CocoDataset(YOLODataset):  # type: ignore[misc, unused-ignore]  # the host
             _say_what_is_unused(self.coco_report, self.prefix)
         with _uninterrupted():
             labels = [_host_label(image) for image in chosen]
-        self.verify_labels(labels, Path(self.coco_report.coco))
+            self.verify_labels(labels, Path(self.coco_report.coco))
         return labels
 
 

@@ -69,7 +69,7 @@ def find_images(images: Iterable[CocoImage], folders: Sequence[Path]) -> dict[in
 
 def image_file(root: str, file_name: str) -> str:
     """Return the path of an image in a folder, spelled as the host spells it."""
-    return os.path.join(root, os.path.normpath(file_name))  # noqa: PTH118 (118,000 of them)
+    return root.rstrip(os.sep) + os.sep + os.path.normpath(file_name)  # `join` takes three times as long
 
 
 def stamp_images(files: Sequence[str]) -> Stamps:
