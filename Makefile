@@ -6,7 +6,7 @@ BIN := .venv/bin
 export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 
-.PHONY: demo test test-slow test-gpu test-trackers fuzz faults notebooks lint bench bench-coco gpu clean
+.PHONY: demo test test-slow test-gpu test-trackers fuzz kills faults notebooks lint bench bench-coco gpu clean
 
 demo: .venv/ready
 	$(BIN)/yolo-gradstab demo
@@ -28,6 +28,11 @@ test-trackers: .venv/ready
 # Broken COCO files by the hundred thousand; tests/trust/fuzz_coco.py says how they are guided by coverage.
 fuzz: .venv/ready
 	cd tests && ../$(BIN)/python -m trust.fuzz_coco inputs=100000
+
+# Runs killed at the worst moments, fifty of them: does what is left read, and what goes on equal what would have been?
+# Half an hour on two cores; tests/trust/kills.py says what is done. A disk that fills up needs the right to mount one.
+kills: .venv/ready
+	cd tests && ../$(BIN)/python -m trust.kills kills=50
 
 # Faults injected into small real runs: does the first finding name them? About ten minutes on 2 cores.
 faults: .venv/ready

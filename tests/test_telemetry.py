@@ -1,7 +1,12 @@
 """`yolo_gradstab.telemetry` and `.runs`: what is written is what is read, whatever interrupted it."""
 
+import errno
+import io
 import math
 import random
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -9,7 +14,7 @@ import msgspec
 import polars as pl
 import pytest
 
-from yolo_gradstab.runs import RunError, RunFolder, Status, replacing
+from yolo_gradstab.runs import RunError, RunFolder, Status, replacing, terminable, uninterrupted
 from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord, read_parts, read_run
 
 
@@ -209,6 +214,8 @@ def test_final_metrics_are_the_last_epochs_and_the_key_points_before_the_boxes(t
     assert found(f"{names}\n1,.9,.8,.7,.6\n2,.5,.4,.3,.2\n", **best) == (0.3, 0.2)
     assert found("metrics/mAP50(B),metrics/mAP50-95(B)\n.9,.8\nnan,inf\n", **best) == (None, None)
     assert found("metrics/mAP50-95(B)\n.8\n", **best) == (0.8, 0.8)  # smaller than the one that was not recorded
+    assert found(f"{names}\n1,.9,.8,.7,.6\n2,.5", **best) == (0.7, 0.6)  # a full disk took half a row
+    assert found("", **best) == (0.99, 0.95)
     assert found("epoch\n", **best) == (0.99, 0.95)
     assert found("epoch\n") == (None, None)
 
@@ -223,6 +230,149 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
     (run.gradstab / "status.json").write_text('{"outcome": "fine"}')
     with pytest.raises(RunError, match=r"status\.json: Invalid enum value 'fine'"):
         run.read_status()
+
+
+HOLDER = """
+import sys, time
+from yolo_gradstab.runs import RunFolder, Status
+run = RunFolder(sys.argv[1])
+run.hold()
+run.tidy(new=True)
+run.create({})
+print("held", flush=True)
+run.write_status(Status(step=2))
+time.sleep(60)
+"""
+
+
+def test_a_folder_has_one_writer_and_a_killed_one_was_interrupted(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+        run = RunFolder(tmp_path)
+        assert read_run(tmp_path).status.outcome == "running"
+        with pytest.raises(RunError, match="another process is training into this folder; wait for it, or give anoth"):
+            run.hold()
+        holder.kill()
+    PartWriter(run.steps, STEP_SCHEMA)._write(pl.DataFrame([record(step).row() for step in range(5)]))
+    status = read_run(tmp_path).status
+    assert (status.outcome, status.step, status.reason) == (
+        "interrupted", 5, "its process is gone: killed, or lost",
+    )  # fmt: skip
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights/last.pt").touch()
+    assert (read_run(tmp_path).status.reason or "").endswith(f"; continue with resume={tmp_path}/weights/last.pt")
+    run.hold()  # its lock has ended with it
+    run.hold()
+    try:
+        assert read_run(tmp_path).status.outcome == "running"
+    finally:
+        run.release()
+    run.release()
+    (run.gradstab / "status.json").unlink()
+    assert read_run(tmp_path).status.outcome == "interrupted"  # within set-up
+
+
+def test_storage_without_locks_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*args: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    run = folder(tmp_path)
+    run.write_status(Status())
+    with monkeypatch.context() as patch:
+        patch.setattr("yolo_gradstab.runs.fcntl.flock", none)
+        run.hold()
+        assert not run.is_left()
+    assert not run.is_left()  # for a machine that can lock either
+    assert read_run(tmp_path).status.outcome == "running"  # nobody can say
+
+
+def test_a_run_begins_without_what_killed_ones_left(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    (tmp_path / "weights").mkdir()
+    names = ("weights/.last.pt.0.tmp", "gradstab/steps/.0-1.parquet.0.tmp", "gradstab/.status.json.0.tmp")
+    for name in names:
+        (tmp_path / name).touch()
+    (run.gradstab / "incidents/.7.0.tmp").mkdir(parents=True)
+    run.append_event({"event": "skip", "step": 3})
+    run.tidy(new=False)
+    assert list(tmp_path.rglob("*.tmp")) == []
+    assert len(run.read_events()) == 1
+    run.tidy(new=True)
+    assert list(run.gradstab.iterdir()) == []
+
+
+def test_rows_that_are_kept_are_never_on_the_disk_less_than_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run is killed while it drops what it makes again: between the removal of a part and its new one."""
+    run = folder(tmp_path)
+    writer = PartWriter(run.steps, STEP_SCHEMA)
+    writer.append([record(step).row() for step in range(10)])
+    writer.close()
+
+    def killed(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    for method in ("write_parquet", "unlink"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pl.DataFrame if method == "write_parquet" else Path, method, killed)
+            PartWriter(run.steps, STEP_SCHEMA).drop_from(6)
+        assert read_run(tmp_path).steps["step"].to_list()[:6] == list(range(6))
+    assert PartWriter(run.steps, STEP_SCHEMA).drop_from(6) == 4
+    assert read_run(tmp_path).steps["step"].to_list() == list(range(6))
+
+
+def test_half_an_event_is_taken_back_and_one_left_by_a_kill_spoils_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = folder(tmp_path)
+    run.append_event({"event": "skip", "step": 1})
+    with monkeypatch.context() as patch:
+
+        class Full(io.FileIO):
+            def write(self, data: object) -> int:
+                return super().write(bytes(memoryview(data)[:5]))  # type: ignore[arg-type]
+
+        patch.setattr(Path, "open", lambda path, *args, **kwargs: Full(path, "a"))
+        with pytest.raises(OSError, match=r"No space left on device: .*events\.jsonl"):
+            run.append_event({"event": "skip", "step": 2})
+    run.append_event({"event": "skip", "step": 3})
+    assert [event["step"] for event in run.read_events()] == [1, 3]
+    with run.events.open("a") as file:
+        file.write('{"event": "sk')
+    run.drop_events_from(2)
+    run.append_event({"event": "skip", "step": 2})
+    assert [event["step"] for event in run.read_events()] == [1, 2]
+
+
+def test_rows_of_epochs_that_are_made_again_leave_the_hosts_table(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    path = tmp_path / "results.csv"
+    run.drop_results_after(1)
+    assert not path.exists()
+    path.write_text("epoch,time\n1,0.5\n2,0.7\n1")
+    run.drop_results_after(2)
+    assert path.read_text() == "epoch,time\n1,0.5\n2,0.7\n"
+    run.drop_results_after(1)
+    assert path.read_text() == "epoch,time\n1,0.5\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_until_what_is_written_is_whole(number: signal.Signals) -> None:
+    done = []
+    before = signal.getsignal(number)
+    with pytest.raises((KeyboardInterrupt, SystemExit)), terminable():
+        with uninterrupted(), uninterrupted():
+            signal.raise_signal(number)
+            done.append("within")
+        done.append("after")
+    assert done == ["within"]
+    assert signal.getsignal(number) is before
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left on device: .*status\.json"), replacing(tmp_path / "status.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_others_may_read_what_is_written(tmp_path: Path) -> None:

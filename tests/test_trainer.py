@@ -32,7 +32,8 @@ from yolo_gradstab.config import ConfigError
 from yolo_gradstab.guard import UnrestKind, find_divergences
 from yolo_gradstab.incident import read_incident
 from yolo_gradstab.replay import replay
-from yolo_gradstab.runs import RunFolder
+from yolo_gradstab.runs import RunError, RunFolder
+from yolo_gradstab.trainer import _CheckpointPath
 
 pytestmark = pytest.mark.filterwarnings("default")  # the host's own warnings are not ours to fail on
 
@@ -852,6 +853,68 @@ def test_resume_equals_the_uninterrupted_run(
     assert layers[0].equals(layers[1])
     assert read_run(tmp_path / "parts").config == read_run(tmp_path / "whole").config
     assert read_run(tmp_path / "parts").status.outcome == "completed"
+
+
+def test_an_end_between_the_checkpoints_repeats_no_epoch_and_keeps_no_older_best(
+    drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second epoch is in results.csv by then, and best.pt is of it; last.pt is of the first."""
+    write = _CheckpointPath.write_bytes
+
+    def write_one(path: Path, data: bytes) -> int:
+        if path.name == "last.pt" and path.exists():
+            raise InterruptionError
+        return write(path, data)
+
+    arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=3, val=False)
+    with monkeypatch.context() as patch, pytest.raises(InterruptionError):
+        patch.setattr(_CheckpointPath, "write_bytes", write_one)
+        train(trainer_for("detect"), arguments)
+    weights = tmp_path / "run/weights"
+    assert [torch.load(weights / name, weights_only=False)["epoch"] for name in ("last.pt", "best.pt")] == [0, 1]
+    assert read_run(tmp_path / "run").results["epoch"].to_list() == [1, 2]
+    train(trainer_for("detect"), {"resume": str(weights / "last.pt")})
+    run = read_run(tmp_path / "run")
+    assert run.results["epoch"].to_list() == [1, 2, 3]
+    assert run.steps["step"].to_list() == list(range(12))
+
+
+def test_stripping_replaces_a_checkpoint_whole_and_one_that_is_done_is_not_resumed(
+    drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(path: Path, saved_as: str | Path = "", updates: Any = None) -> None:
+        Path(saved_as or path).write_bytes(b"half")
+        raise InterruptionError
+
+    with monkeypatch.context() as patch, pytest.raises(InterruptionError):
+        patch.setattr("ultralytics.engine.trainer.strip_optimizer", half)
+        train(trainer_for("detect"), drawn["detect"].arguments(tmp_path, name="run", epochs=1, val=False))
+    last = tmp_path / "run/weights/last.pt"
+    assert torch.load(last, weights_only=False)["epoch"] == 0
+    assert sorted(path.name for path in last.parent.iterdir()) == ["best.pt", "last.pt"]
+    with pytest.raises(ConfigError, match=r"resume=.*last\.pt: its training is done, nothing to resume; validate it"):
+        trainer_for("detect")(overrides={"resume": str(last)})
+
+
+def test_a_folder_that_is_trained_into_is_left_alone(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    arguments = drawn["detect"].arguments(tmp_path, name="run")
+    run = tmp_path / "run"
+    hold = "import sys; from yolo_gradstab.runs import RunFolder; RunFolder(sys.argv[1]).hold(); print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(run)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        (run / "results.csv").write_text("epoch\n1\n")
+        with pytest.raises(RunError, match="run: another process is training into this folder; wait for it"):
+            trainer_for("detect")(overrides=arguments)
+        assert sorted(path.name for path in run.iterdir()) == ["gradstab", "results.csv"]
+        other = trainer_for("detect")(overrides=arguments | {"exist_ok": False})
+        assert other.save_dir == tmp_path / "run-2"
+        other._let_go()
+        holder.kill()
+    with pytest.raises(Exception, match="missing"):
+        trainer_for("detect")(overrides=arguments | {"data": str(tmp_path / "missing.yaml")})
+    assert RunFolder(run).is_left()  # a trainer that could not be made lets go, although its traceback is kept
 
 
 def test_resume_with_another_batch_size_goes_on(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import msgspec
 import polars as pl
 
-from yolo_gradstab.runs import DivergenceKind, Outcome, RunError, RunFolder, Status, terminable
+from yolo_gradstab.runs import DivergenceKind, Outcome, RunError, RunFolder, Status, locked, terminable
 from yolo_gradstab.telemetry import read_run
 from yolo_gradstab.trial import (
     ENDED,
@@ -30,7 +30,6 @@ from yolo_gradstab.trial import (
     SweepError,
     Trial,
     TrialProcess,
-    locked,
     outcome_of,
     run_trial,
 )

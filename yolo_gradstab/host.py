@@ -28,8 +28,10 @@ KNOWN = {
     "_handle_nan_recovery": {"f913a2f7d3"},
     "save_model": {"ebaefd92ae"},
     "_load_checkpoint_state": {"7de2518974"},
+    "check_resume": {"503eecc92b"},
     "resume_training": {"f6c947023d"},
     "validate": {"09fda3cee9"},
+    "final_eval": {"e87630d7d4"},
 }
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import platform
 import secrets
+import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +20,16 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
-__all__ = ["DivergenceKind", "Outcome", "RunError", "RunFolder", "Status", "replacing", "terminable", "versions"]
+fcntl: Any  # mypy knows the platform it runs on, not the others
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+__all__ = [
+    "DivergenceKind", "Outcome", "RunError", "RunFolder", "Status", "locked", "replacing", "terminable",
+    "uninterrupted", "versions",
+]  # fmt: skip
 
 Outcome = Literal["running", "completed", "diverged", "stopped", "failed", "interrupted"]
 DivergenceKind = Literal["nonfinite", "blowup", "collapse"]
@@ -30,7 +43,7 @@ class Status(msgspec.Struct, kw_only=True):
     """`gradstab/status.json`: how the run stands or ended.
 
     Attributes:
-        outcome: How it ended; ``running`` also stands in the folder of a run that was killed.
+        outcome: How it ended. In the file, ``running`` also of a run that was killed; `Run.status` knows better.
         divergence: Which kind, or null.
         step: Optimizer steps recorded so far.
         reason: In words, for every outcome but ``running`` and ``completed``.
@@ -48,8 +61,18 @@ class Status(msgspec.Struct, kw_only=True):
     seconds: float = 0.0
 
 
+POLL_S = 0.2  # between tries to take a lock
+HOLD_WAIT_S = 1.0  # a process that has just ended, or one that looks whether the folder is held, holds it for a moment
+
+_held: dict[Path, int] = {}  # run folders that this process has taken, and the open lock of each
+
+
 class RunFolder:
     """Paths and small files of one run; the tables belong to `telemetry`.
+
+    The process that writes a run holds a lock in its folder, which ends with the process however that ends: no other
+    writes there meanwhile, and a run that says it is running, and is not, is told from one that is. (Without `fcntl`,
+    on Windows, and on storage without locks there is none. Locks must reach between the machines that share storage.)
 
     Args:
         path: The host's run folder (its `save_dir`).
@@ -61,6 +84,71 @@ class RunFolder:
         self.steps = self.gradstab / "steps"
         self.layers = self.gradstab / "layers"
         self.events = self.gradstab / "events.jsonl"
+        self.lock = self.gradstab / "lock"
+
+    def hold(self) -> None:
+        """Take the folder for this process, until `release` or its end.
+
+        Raises:
+            RunError: Another process writes into it.
+        """
+        key = self.path.absolute()
+        if fcntl is None or key in _held:
+            return
+        self.gradstab.mkdir(parents=True, exist_ok=True)
+        file = os.open(self.lock, os.O_RDWR | os.O_CREAT, 0o666)
+        deadline_s = time.monotonic() + HOLD_WAIT_S
+
+        def waiting() -> bool:
+            if time.monotonic() > deadline_s:
+                raise BlockingIOError
+            return True
+
+        try:
+            _take(file, waiting)
+        except BlockingIOError:
+            os.close(file)
+            raise RunError(
+                f"{self.path}: another process is training into this folder; wait for it, or give another name="
+            ) from None
+        except OSError:  # no locks on this storage: better none than one that says the run has been left
+            os.close(file)
+            self.lock.unlink()
+            return
+        _held[key] = file
+
+    def release(self) -> None:
+        """Let go of the folder; nothing happens where it is not held."""
+        file = _held.pop(self.path.absolute(), None)
+        if file is not None:
+            os.close(file)
+
+    def is_left(self) -> bool:
+        """Whether a process had taken the folder, and holds it no more."""
+        if fcntl is None or not self.lock.is_file():
+            return False
+        file = os.open(self.lock, os.O_RDONLY)  # also on a read-only disk
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:
+            os.close(file)
+        return True
+
+    def tidy(self, *, new: bool) -> None:
+        """Remove what processes that were killed had not renamed into place; for a new run, an older one's records."""
+        weights = (self.path / "weights").glob(".*.tmp")
+        for path in [
+            *self.path.glob(".*.tmp"),
+            *weights,
+            *self.gradstab.rglob(".*.tmp"),
+            *self.gradstab.rglob(".*.old"),
+        ]:
+            _remove(path)
+        if new:
+            for name in ("status.json", "config.yaml", "events.jsonl", "steps", "layers", "incidents"):
+                _remove(self.gradstab / name)
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the folder and save the configuration as used."""
@@ -85,6 +173,8 @@ class RunFolder:
         try:
             return msgspec.json.decode(path.read_bytes(), type=Status)
         except OSError:
+            if self.lock.is_file():  # it is still being set up, or never got further
+                return Status()
             raise RunError(f"{self.path}: no gradstab/status.json, so not a run of yolo-gradstab") from None
         except msgspec.MsgspecError as error:
             raise RunError(f"{path}: {error}") from None
@@ -96,8 +186,12 @@ class RunFolder:
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Add one line to `events.jsonl`; values that JSON cannot hold become null."""
-        with self.events.open("ab") as file:
-            file.write(msgspec.json.encode(event) + b"\n")
+        line = msgspec.json.encode(event) + b"\n"
+        with self.events.open("ab", buffering=0) as file:
+            before = file.tell()
+            if file.write(line) < len(line):  # the disk is full; half a line would spoil the next one
+                file.truncate(before)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.events))
 
     def read_events(self) -> list[dict[str, Any]]:
         """All complete lines; a kill may have left half of the last one."""
@@ -108,11 +202,29 @@ class RunFolder:
 
     def drop_events_from(self, step: int) -> None:
         """Remove the events of this step and later ones, which a resumed run makes again."""
-        events = self.read_events()
-        kept = [event for event in events if event.get("step", -1) < step]
-        if len(kept) < len(events):
-            with replacing(self.events) as temporary:
-                temporary.write_bytes(b"".join(msgspec.json.encode(event) + b"\n" for event in kept))
+        kept = [event for event in self.read_events() if event.get("step", -1) < step]
+        self._rewrite(self.events, b"".join(msgspec.json.encode(event) + b"\n" for event in kept))
+
+    def drop_results_after(self, epoch: int) -> None:
+        """Remove the rows of later epochs (counted from 1) from the host's `results.csv`, to which it will append."""
+        path = self.path / "results.csv"
+        if path.is_file():
+            header, *rows = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] or [
+                b""
+            ]
+            self._rewrite(path, header + b"".join(row for row in rows if int(row.split(b",")[0]) <= epoch))
+
+    def _rewrite(self, path: Path, content: bytes) -> None:
+        if path.is_file() and path.read_bytes() != content:
+            with replacing(path) as temporary:
+                temporary.write_bytes(content)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -123,6 +235,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
+    except OSError as error:  # a disk that is full does not say which file there was no room for
+        error.filename = error.filename or str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -141,6 +256,60 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """SIGINT and SIGTERM that come within take effect at its end, so that what belongs together is done together."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
+@contextmanager
+def locked(path: Path, wait: Callable[[], bool] | Literal[False] = False) -> Iterator[int | None]:
+    """Hold a lock on a file; gives a descriptor that a child may inherit, and with it the lock.
+
+    Args:
+        path: Made where it is missing; left behind.
+        wait: Asked, while another process holds it, whether to go on waiting; without it there is none.
+
+    Raises:
+        BlockingIOError: It is held, and there is no waiting.
+    """
+    if fcntl is None:
+        yield None
+        return
+    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take(held, wait)
+        yield held
+    finally:
+        os.close(held)  # of several holders the last one to close it releases the lock
+
+
+def _take(held: int, wait: Callable[[], bool] | Literal[False]) -> None:
+    while True:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            if not wait():
+                return
+            time.sleep(POLL_S)
+        else:
+            return
 
 
 def versions() -> dict[str, str]:

@@ -181,9 +181,9 @@ class PartWriter:
             keep = part.filter(pl.col("step") < step)
             dropped += len(part) - len(keep)
             if len(keep) < len(part):
-                path.unlink()
-                if len(keep):
+                if len(keep):  # first: a kill in between leaves both, and the longer one is read
                     self._write(keep)
+                path.unlink()
         return dropped
 
     def _merge(self, parts: list[pl.DataFrame]) -> None:
@@ -232,6 +232,12 @@ def _part_paths(folder: Path) -> list[Path]:
     return paths
 
 
+def _next_step(folder: Path) -> int:
+    """After the last step in a folder of parts, by their names."""
+    spans = [_PART.fullmatch(path.stem) for path in folder.glob("*.parquet")]
+    return max((int(span[2]) + 1 for span in spans if span), default=0)
+
+
 class Run:
     """A run folder, read when asked for; works while the run goes on and after any kind of end."""
 
@@ -240,8 +246,19 @@ class Run:
 
     @cached_property
     def status(self) -> Status:
-        """How it stands or ended."""
-        return self.folder.read_status()
+        """How it stands or ended.
+
+        A run that says it is running, but whose process is gone, was interrupted: killed, or with its machine.
+        """
+        status = self.folder.read_status()
+        if status.outcome == "running" and self.folder.is_left():
+            status = self.folder.read_status()  # it may have come to its end just now
+            if status.outcome == "running":
+                last = self.folder.path / "weights" / "last.pt"
+                advice = f"; continue with resume={last}" if last.is_file() else ""
+                status.outcome, status.reason = "interrupted", f"its process is gone: killed, or lost{advice}"
+                status.step = max(status.step, _next_step(self.folder.steps))
+        return status
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -281,9 +298,11 @@ class Run:
     def results(self) -> pl.DataFrame:
         """The host's `results.csv`, a row per epoch; empty when there is none yet."""
         path = self.folder.path / "results.csv"
-        if not path.is_file():
+        content = path.read_bytes() if path.is_file() else b""
+        whole = content[: content.rfind(b"\n") + 1]  # a full disk leaves half a row, or an empty file
+        if not whole:
             return pl.DataFrame()
-        table = pl.read_csv(path, infer_schema_length=None)
+        table = pl.read_csv(whole, infer_schema_length=None)
         return table.rename({name: name.strip() for name in table.columns})
 
     @cached_property

@@ -19,6 +19,7 @@ from __future__ import annotations
 import csv
 import math
 import random
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -33,12 +34,14 @@ import torch
 import yaml
 from torch import Tensor
 from ultralytics import __version__ as host_version
+from ultralytics.cfg import get_save_dir
+from ultralytics.engine import trainer as host_trainer
 from ultralytics.engine.model import Model
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models import RTDETR, YOLO
 from ultralytics.models.rtdetr.train import RTDETRTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
-from ultralytics.nn.tasks import ClassificationModel, RTDETRDetectionModel, yaml_model_load
+from ultralytics.nn.tasks import ClassificationModel, RTDETRDetectionModel, load_checkpoint, yaml_model_load
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
@@ -81,7 +84,7 @@ from yolo_gradstab.norms import (
     gradient_norms,
     tensor_norms,
 )
-from yolo_gradstab.runs import RunFolder, Status, replacing, terminable, versions
+from yolo_gradstab.runs import RunFolder, Status, replacing, terminable, uninterrupted, versions
 from yolo_gradstab.snapshot import Snapshot, Snapshots
 from yolo_gradstab.telemetry import LAYER_SCHEMA, MAP50, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord, read_run
 from yolo_gradstab.trackers import Trackers
@@ -159,6 +162,16 @@ class _CheckpointPath(type(Path())):  # type: ignore[misc]  # Path itself cannot
     def write_bytes(self, data: bytes) -> int:
         with replacing(Path(self)) as temporary:
             return temporary.write_bytes(data)
+
+
+class _Unwritten:
+    """In place of a path, what the host would have written there."""
+
+    data = b""
+
+    def write_bytes(self, data: bytes) -> int:
+        self.data = data
+        return len(data)
 
 
 class _Accumulated:
@@ -286,9 +299,55 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._epoch_seen = -1
         self._epoch_rows: list[dict[str, Any]] = []
         self._epoch_columns: dict[str, float] = {}
-        super().__init__(*args, **kwargs)
+        self._folder: RunFolder | None = None  # taken by this process
+        try:
+            super().__init__(*args, **kwargs)
+        except BaseException:  # a notebook keeps the traceback, and with it the trainer
+            self._let_go()
+            raise
+        if self.ddp:  # its workers write
+            self._let_go()
         self.wdir = _CheckpointPath(self.save_dir / "weights")
         self.last, self.best = self.wdir / "last.pt", self.wdir / "best.pt"
+
+    # The folder ------------------------------------------------------------------------------------------------------
+
+    def check_resume(self, overrides: dict[str, Any]) -> None:
+        """The host's, which knows the arguments by now; then the run folder is taken, before anything is written there.
+
+        Raises:
+            ConfigError: The training that is to be resumed is done.
+            RunError: Another process is training into this folder.
+        """
+        super().check_resume(overrides)
+        if self.resume:
+            _, ckpt = load_checkpoint(self.args.model)
+            if ckpt.get("optimizer") is None or ckpt.get("epoch", -1) + 1 >= self.args.epochs:
+                raise ConfigError(
+                    f"resume={self.args.model}: its training is done, nothing to resume; "
+                    "validate it, or give it as model= to a new run"
+                )
+        if RANK in {-1, 0}:
+            self._take_folder()
+
+    def _take_folder(self) -> None:
+        path = get_save_dir(self.args)
+        if not (self.args.exist_ok or getattr(self.args, "save_dir", None)):
+            for _ in range(100):  # several that start at once are told the same free number
+                try:
+                    path.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    path = get_save_dir(self.args)
+        self.args.save_dir = str(path)
+        folder = RunFolder(path)
+        folder.hold()
+        self._folder = folder
+        folder.tidy(new=not self.resume)
+
+    def _let_go(self) -> None:
+        if self._folder is not None:
+            self._folder.release()
 
     # Data ------------------------------------------------------------------------------------------------------------
 
@@ -404,6 +463,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self.accumulate += self._last_step_batch + 1
         return batch
 
+    @uninterrupted()
     @torch.no_grad()
     def optimizer_step(self) -> None:
         """Measure, judge, clip, step, bound: the host's step with sight. See the module's docstring for the order."""
@@ -966,6 +1026,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         dropped = self._step_parts.drop_from(self._step)
         self._layer_parts.drop_from(self._step)
         run.drop_events_from(self._step)
+        run.drop_results_after(self.start_epoch)
         if dropped and self._step:
             LOGGER.info(f"Records of {dropped} steps after the checkpoint are dropped; those steps are made again")
         self._run = run
@@ -990,6 +1051,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._resumed = None
         self._keep_state()
 
+    @uninterrupted()
     def _end_epoch(self) -> None:
         """Write records before validation takes its time, and put the epoch's columns where loggers look."""
         factor = self._rate_factor()
@@ -1057,7 +1119,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         finally:
             if RANK in {-1, 0}:
                 self._finish(status)
+                self._let_go()
 
+    @uninterrupted()
     def _finish(self, status: Status) -> None:
         if self._run is None:  # it ended during set-up: nothing was recorded, and the folder says why
             self._started_s = time.time()
@@ -1107,6 +1171,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
+    @uninterrupted()
     def save_model(self) -> bool:
         """The host's checkpoint, with our state inside its optimizer state: one file, and stock opens it.
 
@@ -1115,10 +1180,30 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         the optimizer state, and ours goes with it.
         """
         handle = self.optimizer.register_state_dict_post_hook(self._add_state)
+        # best.pt comes first: after a kill between them, the epoch is made again and both are written; the other way
+        # round, the resumed run would keep an older best.
+        last, self.last = self.last, _Unwritten()
         try:
-            return bool(super().save_model())
+            saved = bool(super().save_model())
+            last.write_bytes(self.last.data)
+            return saved
         finally:
+            self.last = last
             handle.remove()
+
+    def final_eval(self) -> None:
+        """The host's, which strips its checkpoints; not in place, where a kill would leave half of the only weights."""
+
+        def strip(path: Path, saved_as: str = "", updates: dict[str, Any] | None = None) -> dict[str, Any]:
+            with replacing(Path(path)) as temporary:
+                shutil.copyfile(path, temporary)  # which stays so where the host cannot read it
+                return dict(host_strip(path, temporary, updates))
+
+        host_strip, host_trainer.strip_optimizer = host_trainer.strip_optimizer, strip
+        try:
+            super().final_eval()
+        finally:
+            host_trainer.strip_optimizer = host_strip
 
     def _add_state(self, optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
         """Optimizer hook: everything the next epoch depends on."""

@@ -8,28 +8,20 @@ is killed leaves processes behind, and the next one waits for them instead of st
 from __future__ import annotations
 
 import math
-import os
 import shutil
 import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import yaml
 
-from yolo_gradstab.runs import Outcome, RunError, RunFolder, Status, replacing
+from yolo_gradstab.runs import Outcome, RunError, RunFolder, Status, locked, replacing
 from yolo_gradstab.telemetry import read_run
-
-fcntl: Any  # mypy knows the platform it runs on, not the others
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 __all__ = [
     "ENDED",
@@ -37,7 +29,6 @@ __all__ = [
     "Trial",
     "TrialProcess",
     "flow",
-    "locked",
     "outcome_of",
     "read_trial",
     "run_trial",
@@ -47,7 +38,6 @@ __all__ = [
 ENDED: tuple[Outcome, ...] = ("completed", "diverged", "stopped", "failed")
 
 STOP_GRACE_S = 20.0  # for a terminated trial to write its records, before it is killed
-POLL_S = 0.2
 FOREVER_S = 1e9
 
 
@@ -250,42 +240,3 @@ def _signal_name(number: int) -> str:
 def _last_line(path: Path) -> str:
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     return lines[-1][-200:] if lines else "it left no output"
-
-
-# Locks ---------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def locked(path: Path, wait: Callable[[], bool] | Literal[False] = False) -> Iterator[int | None]:
-    """Hold a lock on a file; gives a descriptor that a child may inherit, and with it the lock.
-
-    Args:
-        path: Made where it is missing; left behind.
-        wait: Asked, while another process holds it, whether to go on waiting; without it there is none.
-
-    Raises:
-        BlockingIOError: It is held, and there is no waiting.
-    """
-    if fcntl is None:
-        yield None
-        return
-    held = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        _take(held, wait)
-        yield held
-    finally:
-        os.close(held)  # of several holders the last one to close it releases the lock
-
-
-def _take(held: int, wait: Callable[[], bool] | Literal[False]) -> None:
-    while True:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise
-            if not wait():
-                return
-            time.sleep(POLL_S)
-        else:
-            return
