@@ -52,7 +52,7 @@ class CocoDataset(YOLODataset):  # type: ignore[misc, unused-ignore]  # the host
     coco_report: CheckReport
 
     def get_img_files(self, img_path: str | list[str]) -> list[str]:
-        """Read the JSON, and return the files of its images, sorted; the labels are kept for `get_labels`."""
+        """Read the JSON or its cache, and return the image files, sorted; the labels are kept for `get_labels`."""
         if isinstance(img_path, list):
             raise CocoError(f"a split is one COCO JSON file, got {len(img_path)}; merge them first")
         task, folders = _task_of(self), _folders_of(img_path, self.data)
