@@ -377,8 +377,8 @@ def an_aim(kind: str, whole_s: float, draw: random.Random) -> Aim:
     if kind == "end":  # the host strips its checkpoints and validates the best one
         return Aim(said="epochs completed in", after_s=draw.choice((draw.uniform(0, 0.1), draw.uniform(0, 1.0))))
     if kind == "resume":  # into the second epoch, whose records a resumed run drops
-        return Aim(draw.uniform(0, 0.2 * whole_s), folders=(WEIGHTS,), events=IN_MOVED_TO, temporary=False, number=2)
-    return Aim(draw.uniform(0.3, 0.8 * whole_s))
+        return Aim(draw.uniform(0, 0.08 * whole_s), folders=(WEIGHTS,), events=IN_MOVED_TO, temporary=False, number=2)
+    return Aim(draw.uniform(0.3, 0.7 * whole_s))
 
 
 def tidying(draw: random.Random) -> Aim:
@@ -449,7 +449,12 @@ class Bench:
         log = self.folder / "asked.log"
         found = asked(lambda: readable(training, when or time.time(), terminated=number == signal.SIGTERM), log)
         wrong += found["wrong"]
-        if kind == "resume" and training.last.exists() and "epochs completed in" not in training.log():
+        if (
+            kind == "resume"
+            and when is not None
+            and training.last.exists()
+            and "epochs completed in" not in training.log()
+        ):
             pid = training.start(resume=True)
             when = end_at(pid, training, tidying(draw), number)
             ended(pid)
