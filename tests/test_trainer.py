@@ -1032,8 +1032,9 @@ def test_the_configuration_reaches_ddp_workers(drawn: dict[str, DrawnSet], tmp_p
 
     arguments = drawn["detect"].arguments(tmp_path, name="run")
     trainer = trainer_for("detect", clip="agc", update_clip=0.03)(overrides=dict(arguments))
-    # What a launcher on a multi-GPU machine has: it leaves the data to its workers.
+    # What a launcher on a multi-GPU machine has: it leaves data and folder to its workers.
     trainer.args.data = arguments["data"]
+    trainer._let_go()
     file = generate_ddp_file(trainer)
     try:
         text = Path(file).read_text()
