@@ -456,13 +456,16 @@ class Bench:
             and "epochs completed in" not in training.log()
         ):
             pid = training.start(resume=True)
-            when = end_at(pid, training, tidying(draw), number)
-            ended(pid)
-            again = asked(lambda: readable(training, when or time.time()), log)
+            again_s = end_at(pid, training, tidying(draw), number)
+            status = ended(pid)
+            again = asked(lambda: readable(training, again_s or time.time()), log)
             wrong += [f"after a kill of the resumed run: {words}" for words in again["wrong"]]
             found["leftover"] += again["leftover"]
         went_on = "not"
-        if when is not None:
+        if when is not None and status == 0:  # the second moment did not come
+            wrong += asked(lambda: differences(training, whole), log)
+            went_on = "resumed"
+        elif when is not None:
             went_on = self.go_on(training, whole, wrong)
         elif status:
             wrong.append(f"ended by itself with {status}")
