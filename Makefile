@@ -30,7 +30,7 @@ fuzz: .venv/ready
 	cd tests && ../$(BIN)/python -m trust.fuzz_coco inputs=100000
 
 # Runs killed at the worst moments, fifty of them: does what is left read, and what goes on equal what would have been?
-# Half an hour on two cores; tests/trust/kills.py says what is done. A disk that fills up needs the right to mount one.
+# A quarter of an hour on two cores; tests/trust/kills.py says what is done. A disk that fills up needs the right to mount one.
 kills: .venv/ready
 	cd tests && ../$(BIN)/python -m trust.kills kills=50
 
