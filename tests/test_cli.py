@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import polars as pl
 import pytest
+import ultralytics  # noqa: F401  # first imported within a test, its logger would keep that test's captured stream
 import yaml
 from conftest import ROOT, DrawnSet
 

@@ -47,7 +47,7 @@ def endure(folder: Path, *, steps: int) -> dict[str, Any]:
                 rss_mib.append(psutil.Process().memory_info().rss / 2**20)
 
     arguments = {"model": str(ROOT / "configs/models/yolo26-tiny.yaml"), "data": str(data), "imgsz": 32, "batch": 2}
-    arguments |= {"nbs": 2, "epochs": steps // 4, "optimizer": "SGD", "lr0": 0.001, "workers": 0, "device": "cpu"}
+    arguments |= {"nbs": 2, "epochs": steps // 4, "optimizer": "SGD", "lr0": 1e-4, "workers": 0, "device": "cpu"}
     arguments |= {"val": False, "save_period": -1, "plots": False, "close_mosaic": 0, "verbose": False}
     Timed(overrides={**arguments, "project": str(folder), "name": "run"}).train()
     run = read_run(folder / "run")
