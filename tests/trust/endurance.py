@@ -2,8 +2,9 @@
 
     cd tests && python -m trust.endurance steps=20000 [folder=DIR]
 
-The drawn set at 64 px with the tiny model, four images a batch (fewer or smaller, and BatchNorm has no variance), so that as much of a step as possible is ours. Speed and
-memory are compared between the second tenth of the run and the last; in the first, caches fill.
+The drawn set at 64 px with the tiny model, four images a batch, so that as much of a step as possible is ours; with less
+than that BatchNorm has no variance. Speed and memory are compared between the second tenth of the run and the last; in
+the first, caches fill.
 """
 
 import json
