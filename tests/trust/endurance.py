@@ -2,7 +2,7 @@
 
     cd tests && python -m trust.endurance steps=20000 [folder=DIR]
 
-The drawn set at 64 px with the tiny model, four images a batch, so that as much of a step as possible is ours; with less
+The drawn set at 64 px with the tiny model, four images a batch, so that much of a step is ours; with less
 than that BatchNorm has no variance. Speed and memory are compared between the second tenth of the run and the last; in
 the first, caches fill.
 """
