@@ -66,6 +66,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(words: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTEST_CURRENT_TEST", None)  # the host's own tests keep their runs elsewhere
     environment["YOLO_CONFIG_DIR"] = str(folder / "settings")  # where the host keeps the place of its runs
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
