@@ -93,7 +93,9 @@ def test_every_command_works(folder: Path) -> None:
 
 def an_incident(folder: Path) -> Path:
     words = "detect train data=datasets/sample_detect/data.yaml model=configs/models/yolo26-tiny.yaml epochs=3 imgsz=64"
-    words += " lr0=1.0 momentum=0.98 batch=4 nbs=4 guard.divergence=off name=lost"
+    words += (
+        " lr0=1.0 momentum=0.98 batch=4 nbs=4 optimizer=SGD warmup_epochs=0 clip=none guard.divergence=off name=lost"
+    )
     run([sys.executable, "-m", "yolo_gradstab", *words.split()], folder)
     return next((folder / "runs/detect/lost/gradstab/incidents").iterdir())
 
