@@ -56,6 +56,15 @@ def test_every_stage_is_a_sweep_that_is_accepted() -> None:
     assert {("yolo26n.yaml", 320, True), ("yolo11n.yaml", 320, "bf16"), ("yolo26s.yaml", 640, "bf16")} < models
 
 
+@pytest.mark.slow  # a minute
+def test_the_bench_is_of_the_model_that_is_given(tmp_path: Path) -> None:
+    model = str(MODELS / "yolo26-tiny.yaml")
+    run(tmp_path, "stages=bench", f"train.model={model}", "seeds=1", "time_limit_s=500")
+    cases = json.loads((tmp_path / "bench.json").read_text())["cases"]
+    assert {case["model"] for case in cases} == {model}
+    assert {"clip_part", "train_step", "histograms"} < {case["case"] for case in cases}
+
+
 @pytest.mark.slow  # six trials
 def test_throughput_is_of_as_many_trials_for_each_job(tmp_path: Path) -> None:
     """Twice `jobs` at most: 1 and 2 here. And a stage that is none is refused before anything is started."""

@@ -46,7 +46,7 @@ TRIALS_PER_JOB = 2  # of `throughput`
 BENCH = """
 import json, sys
 from yolo_gradstab.bench import run_bench
-json.dump(run_bench(sys.argv[1]), open(sys.argv[2], "w"), indent=1)
+json.dump(run_bench([sys.argv[1]]), open(sys.argv[2], "w"), indent=1)
 """
 # The sweep without the report at its end, which would need the packages that draw charts.
 SWEEP = """
