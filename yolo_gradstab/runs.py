@@ -138,13 +138,8 @@ class RunFolder:
 
     def tidy(self, *, new: bool) -> None:
         """Remove what processes that were killed had not renamed into place; for a new run, an older one's records."""
-        weights = (self.path / "weights").glob(".*.tmp")
-        for path in [
-            *self.path.glob(".*.tmp"),
-            *weights,
-            *self.gradstab.rglob(".*.tmp"),
-            *self.gradstab.rglob(".*.old"),
-        ]:
+        patterns = (".*.tmp", "weights/.*.tmp", "gradstab/**/.*.tmp", "gradstab/**/.*.old")
+        for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
             _remove(path)
         if new:
             for name in ("status.json", "config.yaml", "events.jsonl", "steps", "layers", "incidents"):
@@ -208,11 +203,11 @@ class RunFolder:
     def drop_results_after(self, epoch: int) -> None:
         """Remove the rows of later epochs (counted from 1) from the host's `results.csv`, to which it will append."""
         path = self.path / "results.csv"
-        if path.is_file():
-            header, *rows = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")] or [
-                b""
-            ]
-            self._rewrite(path, header + b"".join(row for row in rows if int(row.split(b",")[0]) <= epoch))
+        if not path.is_file():
+            return
+        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        kept = [line for number, line in enumerate(lines) if number == 0 or int(line.split(b",")[0]) <= epoch]
+        self._rewrite(path, b"".join(kept))
 
     def _rewrite(self, path: Path, content: bytes) -> None:
         if path.is_file() and path.read_bytes() != content:
