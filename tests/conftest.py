@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "configs" / "models"
@@ -21,23 +20,12 @@ class DrawnSet:
     """A drawn set in COCO form, and the same labels in YOLO form for the stock trainer."""
 
     def __init__(self, folder: Path, task: str, *, images: int = 24, size: int = 64) -> None:
-        from yolo_gradstab.coco.conversion import convert_coco
-        from yolo_gradstab.coco.dataset import read_data_yaml
-        from yolo_gradstab.coco.sample import draw_sample
+        from yolo_gradstab.coco.sample import draw_sample, label_sample
 
         self.task = task
         drawn_as = "pose" if task == "pose" else "detect"  # whose objects have outlines too
         self.coco = draw_sample(folder, task=drawn_as, images=images, size=size)
-        kind = "person_keypoints" if task == "pose" else "instances"
-        for split in ("train", "val"):
-            json_file = folder / "annotations" / f"{kind}_{split}.json"
-            convert_coco(json_file, images=folder / "images" / split, out=folder / "labels" / split, task=task)
-        data = read_data_yaml(self.coco, task)
-        assert data is not None
-        keys = {key: data[key] for key in ("names", "kpt_shape", "flip_idx") if key in data}
-        self.yolo = folder / "yolo.yaml"
-        folders = {"path": str(folder), "train": "images/train", "val": "images/val"}
-        self.yolo.write_text(yaml.safe_dump(folders | keys))
+        self.yolo = label_sample(self.coco, task=task)
         self.model = MODELS / ("yolo26-tiny-pose.yaml" if task == "pose" else "yolo26-tiny.yaml")
 
     def arguments(self, folder: Path, **more: Any) -> dict[str, Any]:

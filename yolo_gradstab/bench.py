@@ -21,11 +21,11 @@ The guard's step is the trainer's own: forward and backward pass of a real batch
 `optimizer_step`. On means the watch at every step, a look at the model at every fifth and a snapshot at every
 twentieth, as after the first steps of a run; off means none of them.
 
-`train_step` is from the beginning of a batch to its end in the host's own loop, without loading the data: two whole
-training runs in one process, which take turns step by step. Their sums over twenty steps are compared, so that what is
-done at every tenth or twentieth step counts.
+`train_step` is from the beginning of a batch to its end in the host's own loop, without loading the data: whole
+training runs in one process, ours and one of stock, which take turns step by step. Their sums over twenty steps are
+compared, so that what is done at every tenth or twentieth step counts.
 
-On a GPU each case also has `syncs` and `stock_syncs`, how often the host waited for the device, `kernels` and
+On a GPU each part of a step also has `syncs` and `stock_syncs`, how often the host waited for the device, `kernels` and
 `stock_kernels`, and `extra_mib`, the most memory that ours had beyond stock's.
 """
 
@@ -39,19 +39,17 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.profiler import DeviceType, ProfilerActivity, profile
 
 from yolo_gradstab import peers
 from yolo_gradstab.clipping import clip_update_
-from yolo_gradstab.coco.conversion import convert_coco
-from yolo_gradstab.coco.dataset import read_data_yaml
-from yolo_gradstab.coco.sample import SAMPLE_TASKS, draw_sample
+from yolo_gradstab.coco.sample import SAMPLE_TASKS, draw_sample, label_sample
 from yolo_gradstab.config import CLIP_POLICIES, clip_policy, load_config
 from yolo_gradstab.guard import DivergenceWatch
 from yolo_gradstab.lockstep import run_in_turns
@@ -119,9 +117,8 @@ def run_bench(
         rows.append({"case": "guard", **about, "precision": "fp32", **guard})
         for batch, optimizer, precision in grid:
             setting: dict[str, Any] = {"batch": batch, "optimizer": optimizer, "imgsz": imgsz}
-            for case, config in (("train_step", {}), ("train_step_bounded", {"update_clip": 0.03})):
-                figures = _compare_runs(model, task, config, amp=PRECISIONS[precision], blocks=blocks, **setting)
-                rows.append({"case": case, **about, "precision": precision, **setting, **figures})
+            by_case = _compare_runs(model, task, amp=PRECISIONS[precision], blocks=blocks, **setting)
+            rows += [{"case": case, **about, "precision": precision, **setting, **by_case[case]} for case in by_case]
     return {"machine": _machine(device), "cases": rows}
 
 
@@ -236,52 +233,33 @@ def _counted_syncs() -> Iterator[list[Any]]:
 
 
 def _compare_runs(
-    model: str,
-    task: str,
-    config: dict[str, Any],
-    *,
-    batch: int,
-    imgsz: int,
-    optimizer: str,
-    amp: bool | str,
-    blocks: int,
-) -> dict[str, float]:
-    """The figures of whole training steps, ours against stock's."""
+    model: str, task: str, *, batch: int, imgsz: int, optimizer: str, amp: bool | str, blocks: int
+) -> dict[str, dict[str, float]]:
+    """By case, the figures of whole training steps, ours against those of one stock run that takes turns with all."""
     from ultralytics import YOLO
 
+    configs: dict[str, dict[str, Any]] = {"train_step": {}, "train_step_bounded": {"update_clip": 0.03}}
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        stock = YOLO(model).task_map[task]["trainer"]
-        data = _draw_for_both(Path(folder) / "data", task, images=max(3 * batch, 12), size=imgsz)
-        arguments = {"model": model, "data": str(data), "imgsz": imgsz, "batch": batch, "nbs": batch, "amp": amp}
-        arguments |= {"optimizer": optimizer, "lr0": 1e-4, "workers": 0, "plots": False, "val": False, "save": False}
-        arguments |= {"epochs": 10**4, "close_mosaic": 0, "project": folder}
-        spent_s = run_in_turns(
-            {
-                "ours": lambda: trainer_for(task, config)(overrides={**arguments, "name": "ours"}),
-                "stock": lambda: stock(overrides={**arguments, "name": "stock"}),
-            },
-            steps=(blocks + 1) * BLOCK_STEPS,
-        )
+        trainers = {case: trainer_for(task, config) for case, config in configs.items()}
+        trainers["stock"] = YOLO(model).task_map[task]["trainer"]
+        drawn = draw_sample(Path(folder) / "data", task=task, images=max(3 * batch, 12), size=imgsz)
+        arguments = {"model": model, "data": str(label_sample(drawn, task=task)), "imgsz": imgsz, "amp": amp}
+        arguments |= {"batch": batch, "nbs": batch, "optimizer": optimizer, "lr0": 1e-4, "workers": 0, "plots": False}
+        arguments |= {"val": False, "save": False, "epochs": 10**4, "close_mosaic": 0, "project": folder}
+        makers = {name: partial(trainer, overrides={**arguments, "name": name}) for name, trainer in trainers.items()}
+        spent_s = run_in_turns(makers, steps=(blocks + 1) * BLOCK_STEPS)
     sums = {
         name: [sum(times[at : at + BLOCK_STEPS]) for at in range(BLOCK_STEPS, len(times), BLOCK_STEPS)]
         for name, times in spent_s.items()
     }
-    ratios = [ours / theirs for ours, theirs in zip(sums["ours"], sums["stock"], strict=True)]
-    return _figures(ratios, [1e3 * total / BLOCK_STEPS for total in sums["ours"]])
-
-
-def _draw_for_both(folder: Path, task: str, *, images: int, size: int) -> Path:
-    """A drawn set with label files, which the stock trainer reads too."""
-    read = read_data_yaml(draw_sample(folder, task=task, images=images, size=size), task)
-    assert read is not None  # it is COCO
-    data: dict[str, Any] = {key: value for key, value in read.items() if key in {"names", "kpt_shape", "flip_idx"}}
-    for split in ("train", "val"):
-        (coco,) = (folder / "annotations").glob(f"*_{split}.json")
-        convert_coco(coco, images=folder / "images" / split, out=folder / "labels" / split, task=task)
-        data[split] = f"images/{split}"
-    path = folder / "yolo.yaml"
-    path.write_text(yaml.safe_dump(data | {"path": str(folder)}), encoding="utf-8")
-    return path
+    stock = sums.pop("stock")
+    return {
+        case: _figures(
+            [ours / theirs for ours, theirs in zip(totals, stock, strict=True)],
+            [1e3 * total / BLOCK_STEPS for total in totals],
+        )
+        for case, totals in sums.items()
+    }
 
 
 def _compare(ours: Callable[[], None], stock: Callable[[], None], rounds: int) -> dict[str, float]:

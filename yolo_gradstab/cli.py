@@ -521,9 +521,6 @@ def _checks(words: list[str]) -> int:
 
 
 def _bench(words: list[str]) -> int:
-    from rich.console import Console
-    from rich.table import Table
-
     from yolo_gradstab.bench import PRECISIONS, run_bench
 
     optional = {"format": "text", "model": "yolo26n.yaml", "rounds": 60, "blocks": 10, "imgsz": 160}
@@ -558,7 +555,15 @@ def _bench(words: list[str]) -> int:
         raise UsageError(f"bench: {error}") from error
     if options["format"] == "json":
         _print_json(result)
-        return 0
+    else:
+        _print_bench(result)
+    return 0
+
+
+def _print_bench(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     machine = result["machine"]
     print(f"{machine['device']}, {machine['threads']} threads; the same part of a stock step = 1")
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
@@ -575,16 +580,14 @@ def _bench(words: list[str]) -> int:
                 f"{Path(case['model']).stem}: {case['parameters']:,} weights in {case['tensors']} tensors; "
                 f"reading as many bytes once takes {case['read_ms']:.2f} ms"
             )
-        if "source" in case:
+        elif "source" in case:
             print(f"{case['case']}: {case['source']}")
-    for case in result["cases"]:
-        if case["case"] == "guard":
+        elif case["case"] == "guard":
             print(
                 f"guard: two snapshots are kept, each {case['snapshot_mib']:.1f} MiB and made in "
                 f"{case['snapshot_ms']:.1f} ms; the ratio is {case['ratio']:.4f} with one in 20 steps, early on, "
                 f"{case['late_ratio']:.4f} with one in 200"
             )
-    return 0
 
 
 def _say(line: str) -> None:

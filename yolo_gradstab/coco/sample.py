@@ -9,13 +9,15 @@ from typing import Any
 
 import cv2
 import numpy as np
+import yaml
 
 from yolo_gradstab.coco.annotations import CocoError
+from yolo_gradstab.coco.conversion import convert_coco
 from yolo_gradstab.coco.people import KEYPOINTS, MOST_PEOPLE, SKELETON, sketch_person
 from yolo_gradstab.coco.scene import Drawn, Sketch, draw_scene
 from yolo_gradstab.coco.shapes import MOST_SHAPES, SHAPES, sketch_shape
 
-__all__ = ["SAMPLE_TASKS", "draw_sample"]
+__all__ = ["SAMPLE_TASKS", "draw_sample", "label_sample"]
 
 SAMPLE_TASKS = ("detect", "pose")
 MIN_SIZE_PX = 32  # the host's largest stride
@@ -54,6 +56,25 @@ def draw_sample(out: str | Path, *, task: str = "detect", images: int = 96, size
     yaml_file = folder / "data.yaml"
     yaml_file.write_text(heading + _data_yaml(task), encoding="utf-8", newline="\n")
     return yaml_file
+
+
+def label_sample(data_yaml: Path, *, task: str) -> Path:
+    """Give a drawn set the host's own form too, from which stock trains: label files, and the YAML returned.
+
+    Args:
+        data_yaml: What `draw_sample` returned.
+        task: Of the labels: that it was drawn for, or `segment`.
+    """
+    folder = data_yaml.parent
+    data: dict[str, Any] = {"path": str(folder)}
+    for split in ("train", "val"):
+        (coco,) = (folder / "annotations").glob(f"*_{split}.json")
+        report = convert_coco(coco, images=folder / "images" / split, out=folder / "labels" / split, task=task)
+        keys = {"names": report.names, "kpt_shape": report.kpt_shape, "flip_idx": report.flip_idx}
+        data |= {split: f"images/{split}", **{key: value for key, value in keys.items() if value is not None}}
+    path = folder / "yolo.yaml"
+    path.write_text(yaml.safe_dump(data), encoding="utf-8")
+    return path
 
 
 def _check_arguments(*, task: str, images: int, size: int, seed: int) -> None:
