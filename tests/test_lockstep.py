@@ -1,5 +1,6 @@
 """`yolo_gradstab.lockstep`: who runs when, seen on trainers that keep a diary; the host's are in test_bench."""
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -50,6 +51,14 @@ def test_only_the_step_is_timed() -> None:
     spent_s = run_in_turns({"a": lambda: Trainer("a", [], s=0.05), "b": lambda: Trainer("b", [])}, steps=4)
     assert min(spent_s["a"]) >= 0.05
     assert min(spent_s["b"]) < 0.01  # which is less than loading
+
+
+def test_every_step_is_timed_from_its_own_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that goes on by one whenever it is read: at the beginning of a batch and at its end."""
+    reads = itertools.count()
+    monkeypatch.setattr("yolo_gradstab.lockstep._now", lambda: float(next(reads)))
+    spent_s = run_in_turns({name: lambda name=name: Trainer(name, []) for name in "abc"}, steps=3)
+    assert spent_s == {name: [1.0, 1.0, 1.0] for name in "abc"}
 
 
 def test_a_run_that_breaks_ends_all_and_says_so() -> None:
