@@ -173,12 +173,14 @@ def _decode(path: Path, kind: type[T]) -> T:
 
 def _explain(raw: bytes, error: Exception) -> str:
     """Say what msgspec refused, in the file's own terms. Slow: parses again with Python's lenient reader."""
+    if raw.startswith(b"\x1f\x8b"):
+        return "is packed with gzip; unpack it (gunzip) and give the JSON"
     try:
-        data = json.loads(raw)
+        data = json.loads(raw.decode())  # of bytes, it would guess at other encodings
     except json.JSONDecodeError as syntax:
         return f"is not JSON: {syntax.msg} at line {syntax.lineno} column {syntax.colno} (character {syntax.pos})"
     except UnicodeDecodeError as text:
-        return f"is not JSON: byte {text.start} is not UTF-8"
+        return f"is not JSON: byte {text.start} is not UTF-8; save it as UTF-8"
     except RecursionError:
         return f"is not COCO JSON: {error}"
     if isinstance(error, msgspec.ValidationError):
