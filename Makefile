@@ -6,7 +6,7 @@ BIN := .venv/bin
 export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
 
-.PHONY: demo test test-slow test-gpu test-trackers fuzz kills faults notebooks lint bench bench-coco gpu clean
+.PHONY: demo test test-slow test-gpu test-trackers fuzz kills matrix audit trust faults notebooks lint bench bench-coco gpu clean
 
 demo: .venv/ready
 	$(BIN)/yolo-gradstab demo
@@ -33,6 +33,23 @@ fuzz: .venv/ready
 # A quarter of an hour on two cores; tests/trust/kills.py says what is done. A disk that fills up needs the right to mount one.
 kills: .venv/ready
 	cd tests && ../$(BIN)/python -m trust.kills kills=50
+
+# The suite with other versions of Ultralytics and torch, each pair in an environment of its own: ten minutes each, on two
+# cores. TESTS=tests/test_trainer.py for a part of it.
+TESTS ?= tests
+matrix: .venv/ready
+	cd tests && ../$(BIN)/python -m trust.matrix tests=$(TESTS)
+
+# Known vulnerabilities of the tested versions, as far as advisories can be reached. Beside .venv: it brings much with it.
+audit: .venv/ready
+	$(PYTHON) -m venv .audit
+	if .audit/bin/pip install --quiet --disable-pip-version-check pip-audit; then .audit/bin/python tests/trust/advisories.py; \
+	else echo "nothing was looked up: pip-audit could not be installed"; fi
+
+# What was done to it on purpose, and what became of it: the README's table. ONLY=kills,quirks for a part of it.
+ONLY ?= kills,inputs,quirks,versions,ranks,endurance
+trust: .venv/ready
+	cd tests && ../$(BIN)/python -m trust.run only=$(ONLY)
 
 # Faults injected into small real runs: does the first finding name them? About ten minutes on 2 cores.
 faults: .venv/ready
@@ -64,7 +81,7 @@ gpu: $(if $(WHEELS),,.venv/ready)
 	$(if $(WHEELS),$(PYTHON),$(BIN)/python) configs/gpu/run.py out=$(OUT) time_limit_s=$(TIME_LIMIT_S) $(if $(WHEELS),wheels=$(WHEELS))
 
 clean:
-	rm -rf .venv .trackers .peers .pytest_cache .mypy_cache .ruff_cache .hypothesis demo gpu-out runs
+	rm -rf .venv .trackers .peers .matrix .audit .pytest_cache .mypy_cache .ruff_cache .hypothesis demo gpu-out runs
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

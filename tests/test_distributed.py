@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -150,6 +153,18 @@ class Troubled(Told):
         super().optimizer_step()
 
 
+class Killed(BaseTrainer):  # type: ignore[misc]
+    """Mixed into a trainer of ours: one rank dies as the kernel kills a process, without a word."""
+
+    rank = 1
+    AT = 6  # steps; the second epoch of four
+
+    def optimizer_step(self) -> None:
+        if self.rank == RANK and self._step == self.AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().optimizer_step()
+
+
 def sha256_of(tensors: list[torch.Tensor]) -> str:
     digest = hashlib.sha256()
     for tensor in tensors:
@@ -240,3 +255,19 @@ def test_two_processes_train_decide_and_record_as_one(drawn: dict[str, DrawnSet]
         assert [told["config"] for told in told_by(tmp_path / name)] == [expected] * RANKS
     network = YOLO(drawn["detect"].model).model
     assert_trouble_was_everybodys(tmp_path / "troubled", [name for name, _ in network.named_parameters()])
+
+
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_killed_rank_leaves_a_true_status(drawn: dict[str, DrawnSet], tmp_path: Path, rank: int) -> None:
+    """Whether it is the one that writes or another: the launcher ends the rest, and the run reads as what it is."""
+    arguments = drawn["detect"].arguments(tmp_path, name="killed", epochs=3, val=False)
+    killed = type("Killed", (Killed, OnTwoRanks, trainer_for("detect")), {"rank": rank})
+    with pytest.raises(subprocess.CalledProcessError):
+        killed(overrides=dict(arguments)).train()
+    run = read_run(tmp_path / "killed")
+    assert run.status.outcome == "interrupted"
+    steps = run.steps["step"].to_list()
+    assert steps == list(range(len(steps)))
+    assert 4 <= len(steps) <= Killed.AT  # the records of the first epoch at least
+    assert run.status.step == len(steps)
+    run.diagnose()
