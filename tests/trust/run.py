@@ -33,8 +33,8 @@ def of_kills(out: str) -> str:
     return (
         f"{sum(row['kills'] for row in killed)} kills and SIGTERMs of runs: at most {lost:.1f} s of records lost, "
         f"{went_on['resumed']} resumed to the same bits, {went_on['anew']} had no checkpoint yet, "
-        f"{went_on['done']} had ended; {held} of {len(rows) - len(killed)} other cases (sweeps killed, full and read-only disks, neighbours) "
-        f"hold; {wrong} wrong"
+        f"{went_on['done']} had ended; {held} of {len(rows) - len(killed)} other cases hold (sweeps killed, full and "
+        f"read-only disks, neighbours); {wrong} wrong"
     )
 
 
