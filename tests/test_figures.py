@@ -94,6 +94,30 @@ def test_cells_of_a_grid_hold_medians_and_what_was_lost() -> None:
     }
 
 
+def test_a_matrix_colours_what_was_judged_and_signs_what_differs(tmp_path: Path) -> None:
+    table = pl.DataFrame(
+        {
+            "arm": ["as it is", "as it is", "group", "group", "none", "none"],
+            "measure": ["lost", "best|of seeds"] * 3,
+            "words": ["2 of 8", ".1", "0 of 8", ".2", "8 of 8", "none"],
+            "effect": [None, None, 0, 1, -1, None],
+        },
+        schema_overrides={"effect": pl.Int8},
+    )
+    chart = figures.technique_matrix(table)
+    cells, words = sorted(tables(chart), key=len)
+    assert [(row["arm"], row["kind"]) for row in cells] == [
+        ("group", "no difference shown"),
+        ("group", "better"),
+        ("none", "worse"),
+    ]
+    assert [row["text"] for row in words] == ["2 of 8", ".1", "0 of 8", "▲ .2", "▼ 8 of 8", "none"]
+    figures.save(chart, tmp_path / "matrix.svg")
+    drawn = (tmp_path / "matrix.svg").read_text()
+    assert ">of seeds<" in drawn  # a heading of two lines
+    assert "Against as it is;" in drawn
+
+
 def test_survival_is_a_step_function_by_arm() -> None:
     curves = pl.DataFrame(
         {"arm": ["a", "a", "a", "b", "b"], "step": [0, 20, 100, 0, 100], "share": [1.0, 0.5, 0.5, 1.0, 1.0]}

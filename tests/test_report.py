@@ -16,7 +16,7 @@ import polars as pl
 import pytest
 import yaml
 
-from yolo_gradstab.comparison import arm_label, gather
+from yolo_gradstab.comparison import arm_label, effects, gather
 from yolo_gradstab.config import load_config
 from yolo_gradstab.report import ReportError, build_report
 from yolo_gradstab.runs import RunFolder, Status
@@ -637,3 +637,36 @@ def test_reports_need_neither_torch_nor_ultralytics() -> None:
     code = "import sys, yolo_gradstab.report, yolo_gradstab.sweep; print({'torch', 'ultralytics'} & set(sys.modules))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.strip() == "set()"
+
+
+def an_arm(label: str, *, lost: tuple[float, float], slope: tuple[float, float], best: tuple[float, float]) -> dict:
+    return {
+        "label": label, "diverged": 2, "trials": 8, "max_stable_lr": 0.1,
+        "divergence_rate": {"value": sum(lost) / 2, "low": lost[0], "high": lost[1]},
+        "depth_slope": {"start": {"value": sum(slope) / 2, "low": slope[0], "high": slope[1]}},
+        "best": {"lr0": 0.01, "metric": sum(best) / 2, "low": best[0], "high": best[1]},
+    }  # fmt: skip
+
+
+def test_an_effect_is_said_only_where_intervals_lie_apart() -> None:
+    first = an_arm("as it is", lost=(0.1, 0.4), slope=(-0.3, -0.1), best=(0.2, 0.3))
+    better = an_arm("better", lost=(0.0, 0.05), slope=(-0.06, 0.02), best=(0.31, 0.4))
+    worse = an_arm("worse", lost=(0.5, 0.9), slope=(0.4, 0.6), best=(0.0, 0.1))
+    same = an_arm("same", lost=(0.05, 0.2), slope=(0.1, 0.3), best=(0.1, 0.25))  # a slope as steep, the other way
+    table = effects([first, better, worse, same], metric="mAP")
+    found = {(row["arm"], row["measure"].partition("|")[0]): row["effect"] for row in table.iter_rows(named=True)}
+    judged = {label: [found[label, name] for name in ("slope over depth", "runs lost", "best mAP")]
+              for label in ("as it is", "better", "worse", "same")}  # fmt: skip
+    assert judged == {"as it is": [None] * 3, "better": [1, 1, 1], "worse": [-1, -1, -1], "same": [0, 0, 0]}
+    assert {row["effect"] for row in table.iter_rows(named=True) if row["measure"].startswith("largest")} == {None}
+    words = table.filter(pl.col("arm") == "better")["words"].to_list()
+    assert words == ["−0.02", "2 of 8", "0.1", "0.355 (0.310 to 0.400)"]
+
+
+def test_what_was_not_measured_is_not_judged() -> None:
+    first = an_arm("as it is", lost=(0.1, 0.4), slope=(-0.3, -0.1), best=(0.2, 0.3))
+    bare = first | {"label": "bare", "depth_slope": {}, "max_stable_lr": None}
+    bare |= {"best": dict.fromkeys(("lr0", "metric", "low", "high"))}
+    rows = effects([first, bare]).filter(pl.col("arm") == "bare")
+    assert rows["words"].to_list() == ["not recorded", "2 of 8", "none", "none"]
+    assert rows["effect"].to_list() == [None, 0, None, None]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -28,8 +28,20 @@ from yolo_gradstab.stats import Estimate
 from yolo_gradstab.sweep import Spec, Trial, plan, read_trial
 from yolo_gradstab.telemetry import QUALITY, Run, read_run
 
-__all__ = ["DIVERGED", "Comparison", "Entry", "NotShown", "ReportError", "Row", "Verdict", "arm_label", "gather"]
+__all__ = [
+    "DIVERGED",
+    "Comparison",
+    "Entry",
+    "NotShown",
+    "ReportError",
+    "Row",
+    "Verdict",
+    "arm_label",
+    "effects",
+    "gather",
+]
 
+Interval = Mapping[str, float | None]  # `low` and `high`
 Verdict = Literal["kept", "nonfinite", "blowup", "collapse", "stalled", "failed", "stopped", "running", "interrupted"]
 DIVERGED: tuple[Verdict, ...] = ("nonfinite", "blowup", "collapse")
 UNFINISHED: tuple[Verdict, ...] = ("running", "interrupted", "stopped")
@@ -741,6 +753,67 @@ def _single_sentence(row: Row, metric_name: str) -> str:
 
 def _listed(texts: list[str]) -> str:
     return texts[0] if len(texts) == 1 else f"{', '.join(texts[:-1])} and {texts[-1]}"
+
+
+def effects(arms: Sequence[Mapping[str, Any]], *, metric: str = "mAP50-95") -> pl.DataFrame:
+    """What each arm of a summary came to, against the first: the cells of `figures.technique_matrix`.
+
+    Better and worse are said only where intervals do not overlap: of the share of runs lost (Jeffreys, 95 %) and of the
+    slope over depth (Student over seeds; nearer to zero is better), or the ranges over seeds at the best rates. A
+    largest rate without a loss is one of a grid, and is not judged.
+
+    Args:
+        arms: `arms` of `summary.json`; of several sweeps where all but the technique is the same.
+        metric: What the metric is called.
+
+    Returns:
+        `arm`, `measure`, `words`, `effect` (1, 0, -1 or null).
+    """
+    rows: list[tuple[str, str, str, int | None]] = []
+    first = arms[0]
+    for arm in arms:
+        slope = arm["depth_slope"].get("start", {})
+        share, best, stable = arm["divergence_rate"], arm["best"], arm["max_stable_lr"]
+        steepness = "not recorded" if slope.get("value") is None else f"{slope['value']:+.2f}".replace("-", "−")
+        quality = "none"
+        if best["metric"] is not None:
+            quality = f"{best['metric']:.3f} ({best['low']:.3f} to {best['high']:.3f})"
+        words = {
+            "slope over depth|at the start": steepness,
+            "runs lost": f"{arm['diverged']} of {arm['trials']}",
+            "largest rate|without a loss": "none" if stable is None else f"{stable:g}",
+            f"best {metric}|(range of seeds)": quality,
+        }
+        judged: list[int | None] = [
+            _effect(_magnitude(first["depth_slope"].get("start", {})), _magnitude(slope), higher_is_better=False),
+            _effect(first["divergence_rate"], share, higher_is_better=False),
+            None,
+            _effect(first["best"], best, higher_is_better=True),
+        ]
+        for (measure, text), effect in zip(words.items(), judged, strict=True):
+            rows.append((arm["label"], measure, text, None if arm is first else effect))
+    kinds = {"arm": pl.String, "measure": pl.String, "words": pl.String, "effect": pl.Int8}
+    return pl.DataFrame(rows, schema=kinds, orient="row")
+
+
+def _magnitude(interval: Interval) -> dict[str, float | None]:
+    """The interval of the absolute value."""
+    low, high = interval.get("low"), interval.get("high")
+    if low is None or high is None:
+        return {"low": None, "high": None}
+    return {"low": max(0.0, low, -high), "high": max(abs(low), abs(high))}
+
+
+def _effect(first: Interval, other: Interval, *, higher_is_better: bool) -> int | None:
+    """1 or -1 where the second interval lies wholly beside the first, 0 where they overlap, null where one is missing."""
+    low, high, other_low, other_high = first["low"], first["high"], other["low"], other["high"]
+    if low is None or high is None or other_low is None or other_high is None:
+        return None
+    if other_low > high:
+        return 1 if higher_is_better else -1
+    if other_high < low:
+        return -1 if higher_is_better else 1
+    return 0
 
 
 # Finding the runs ----------------------------------------------------------------------------------------------------

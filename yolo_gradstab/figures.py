@@ -24,6 +24,7 @@ __all__ = [
     "metric_heatmap",
     "save",
     "survival",
+    "technique_matrix",
     "thin",
     "trajectories",
 ]
@@ -62,6 +63,8 @@ FIGURE_POINTS = 60_000  # of all lines together, 45 bytes each: a page of them s
 
 # Ticks of learning rates and norms: plain where that is short, powers where it is not.
 _PLAIN = "(datum.value >= 1e5 || datum.value < 1e-4) ? format(datum.value, '.0e') : format(datum.value, '~g')"
+
+_TWO_LINES = "split(datum.label, '|')"  # of a column's heading
 
 
 # Final metric against learning rate ----------------------------------------------------------------------------------
@@ -408,6 +411,54 @@ def metric_heatmap(trials: pl.DataFrame, metric: str = "mAP50-95", *, rows: str 
     width = max(360, min(WIDTH_PX, 96 * cells["lr0"].n_unique()))
     title = alt.Title(f"Final {metric} by {'arm' if rows is None else 'cap'} and learning rate", subtitle=note)
     styled: alt.LayerChart = _styled(chart.properties(width=width, height=30 * len(arms), title=title))
+    return styled
+
+
+EFFECTS = {1: ("better", "#d3e6f5"), 0: ("no difference shown", "#eef0f2"), -1: ("worse", "#fbdcc9")}
+
+
+def technique_matrix(effects: pl.DataFrame) -> alt.LayerChart:
+    """What each technique came to, against the row that it is compared with.
+
+    Args:
+        effects: A row per cell, as `comparison.effects` gives them: `arm`, `measure`, `words`, and `effect`, which is 1
+            where it is better than the reference, -1 where it is worse, 0 where these runs show no difference, and null
+            where nothing is judged. Rows and columns are in the order in which they first come.
+    """
+    arms = effects["arm"].unique(maintain_order=True).to_list()
+    measures = effects["measure"].unique(maintain_order=True).to_list()
+    judged = effects["effect"].drop_nulls().unique().to_list()
+    names = [EFFECTS[effect][0] for effect in EFFECTS if effect in judged]
+    colors = [EFFECTS[effect][1] for effect in EFFECTS if effect in judged]
+    signs = pl.col("effect").replace_strict({1: "▲ ", -1: "▼ "}, default="", return_dtype=pl.String)
+    kinds = {effect: name for effect, (name, _) in EFFECTS.items()}
+    cells = effects.with_columns(
+        text=signs.fill_null("") + pl.col("words"),
+        kind=pl.col("effect").replace_strict(kinds, default=None, return_dtype=pl.String),
+    )
+    x = alt.X(
+        "measure:N",
+        title=None,
+        sort=measures,
+        axis=alt.Axis(
+            orient="top", labelAngle=0, labelLimit=0, labelPadding=20, ticks=False, domain=False, labelExpr=_TWO_LINES
+        ),
+    )
+    y = alt.Y("arm:N", title=None, sort=arms, axis=alt.Axis(labelLimit=0, ticks=False, domain=False))
+    color = alt.Color("kind:N", scale=alt.Scale(domain=names, range=colors), legend=alt.Legend(title=None))
+    cell = alt.Chart(_values(cells.filter(pl.col("kind").is_not_null())))
+    text = alt.Chart(_values(cells))
+    tooltip = [alt.Tooltip(f"{name}:N") for name in ("arm", "measure", "text", "kind")]
+    chart = alt.layer(
+        cell.mark_rect(stroke="white", strokeWidth=2).encode(x=x, y=y, color=color, tooltip=tooltip),
+        text.mark_text(fontSize=12, color=INK).encode(x=x, y=y, text="text:N"),
+    )
+    note = f"Against {arms[0]}; ▲ better and ▼ worse only where intervals or ranges over seeds do not overlap."
+    styled: alt.LayerChart = _styled(
+        chart.properties(
+            width=160 * len(measures), height=30 * len(arms), title=alt.Title("What each technique does", subtitle=note)
+        )
+    )
     return styled
 
 
