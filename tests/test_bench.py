@@ -13,11 +13,21 @@ from yolo_gradstab.bench import run_bench
 from yolo_gradstab.cli import main
 from yolo_gradstab.snapshot import Snapshot
 
-pytestmark = [pytest.mark.filterwarnings("default"), pytest.mark.slow]
+pytestmark = pytest.mark.filterwarnings("default")
 
 TINY = str(MODELS / "yolo26-tiny.yaml")
 
 
+def test_without_blocks_only_parts_of_a_step_are_timed(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "format=json", f"model={TINY}", "rounds=10", "blocks=0"]) == 0
+    cases = {case["case"]: case for case in json.loads(capfd.readouterr().out)["cases"]}
+    assert cases.keys() >= {"clip_part", "optimizer_step", "update_clip", "per_parameter_item", "histograms"}
+    assert not cases.keys() & {"guard", "train_step", "train_step_bounded"}
+    sizes = [p.numel() for p in YOLO(TINY).model.parameters() if p.requires_grad]
+    assert (cases["clip_part"]["tensors"], cases["clip_part"]["parameters"]) == (len(sizes), sum(sizes))
+
+
+@pytest.mark.slow
 def test_every_case_has_its_figures_and_nothing_else_is_printed(capfd: pytest.CaptureFixture[str]) -> None:
     words = ["rounds=10", "blocks=3", "batch=[2,4]", "optimizer=AdamW", "imgsz=32"]
     assert main(["bench", "format=json", f"model={TINY}", *words]) == 0
@@ -40,6 +50,7 @@ def test_every_case_has_its_figures_and_nothing_else_is_printed(capfd: pytest.Ca
     assert cases["guard"]["snapshot_mib"] == pytest.approx((2 * state + momentum) / 2**20, abs=0.1)
 
 
+@pytest.mark.slow
 def test_the_guards_ratio_is_that_of_what_it_adds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A snapshot is made to take two seconds: a step is a twentieth of that longer, late in a run a two-hundredth."""
     take = Snapshot.take
@@ -64,6 +75,8 @@ def test_the_guards_ratio_is_that_of_what_it_adds(monkeypatch: pytest.MonkeyPatc
     ("words", "line"),
     [
         ("rounds=3", "bench: rounds must be a whole number of at least 10, got 3"),
+        ("blocks=1", "bench: blocks must be a whole number of at least 3 (or 0: no whole steps), got 1"),
+        ("rounds=0", "bench: rounds must be a whole number of at least 10, got 0"),
         ("batch=[16,none]", "bench: batch must be a whole number of at least 1, or a list of them, got 'none'"),
         ("optimizer=Adam", "bench: optimizer must be one of SGD, AdamW, MuSGD, got 'Adam'"),
         ("precision=fp8", "bench: precision must be one of fp32, bf16, fp16, got 'fp8'"),

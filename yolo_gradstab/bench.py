@@ -88,7 +88,8 @@ def run_bench(
     Args:
         models: Ultralytics model YAMLs; except in whole steps their gradients are random.
         rounds: Pairs of timings per case.
-        blocks: Pairs of blocks of `BLOCK_STEPS` whole training steps, for every batch size, optimizer and precision.
+        blocks: Pairs of blocks of `BLOCK_STEPS` whole training steps, for every batch size, optimizer and precision; 0
+            leaves out whole steps, the guard's among them.
         batches: Images per training step.
         imgsz: Pixels of a training image's side.
         optimizers: The host's names.
@@ -110,7 +111,7 @@ def run_bench(
     for model in models:
         task, own_rows = _step_parts(model, device, rounds)
         rows += own_rows
-        if task not in SAMPLE_TASKS:
+        if task not in SAMPLE_TASKS or not blocks:
             continue
         about = {"model": model, "device": device.type}
         guard = _compare_guard(model, task, rounds=min(rounds, GUARD_ROUNDS))

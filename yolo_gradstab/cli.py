@@ -528,8 +528,9 @@ def _bench(words: list[str]) -> int:
     options = _options("bench", _pairs(words), required=(), optional=optional)
     _choice("format", options["format"], ("text", "json"))
     for key, least in (("rounds", 10), ("blocks", 3), ("imgsz", 32)):
-        if not isinstance(options[key], int) or options[key] < least:
-            raise UsageError(f"bench: {key} must be a whole number of at least {least}, got {options[key]!r}")
+        value, none = options[key], " (or 0: no whole steps)" if key == "blocks" else ""
+        if not isinstance(value, int) or (value < least and not (none and value == 0)):
+            raise UsageError(f"bench: {key} must be a whole number of at least {least}{none}, got {value!r}")
     models, batches, optimizers, precisions = (
         value if isinstance(value := options[key], list) else [value]
         for key in ("model", "batch", "optimizer", "precision")

@@ -127,7 +127,7 @@ optimizer's step, how others log, the guard, and whole training steps. Minutes.
   precision=fp32             or bf16; fp16 on a GPU
   imgsz=160                  pixels
   rounds=60                  pairs of timings of each part
-  blocks=10                  pairs of blocks of twenty whole training steps
+  blocks=10                  pairs of blocks of twenty whole training steps; 0: none of these
   format=text                or json
 """,
     "checks": """\
