@@ -805,7 +805,7 @@ def _magnitude(interval: Interval) -> dict[str, float | None]:
 
 
 def _effect(first: Interval, other: Interval, *, higher_is_better: bool) -> int | None:
-    """1 or -1 where the second interval lies wholly beside the first, 0 where they overlap, null without one of them."""
+    """1 or -1 where the second interval lies wholly beside the first, 0 where they overlap, null without both."""
     low, high, other_low, other_high = first["low"], first["high"], other["low"], other["high"]
     if low is None or high is None or other_low is None or other_high is None:
         return None
