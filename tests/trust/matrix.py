@@ -75,15 +75,11 @@ def try_cell(folder: Path, *, ultralytics: str, torch: str, tests: list[str]) ->
     python = environment(folder, ultralytics=ultralytics, torch=torch)
     started_s = time.monotonic()
     command = [str(python), "-m", "pytest", "-q", "-n", "2", "-m", "not slow and not gpu", *tests]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        check=False,
-        env=os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-300:]]
+    log = python.parents[1] / "pytest.log"  # to be looked at while it grows
+    env = os.environ | {"PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    with log.open("w") as output:
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, check=False)
+    lines = log.read_text().strip().splitlines() or ["pytest said nothing"]
     found = counts(lines[-1])
     failed = [line.partition(" ")[2] for line in lines if line.startswith(("FAILED ", "ERROR "))]
     number_failed = found.get("failed", 0) + found.get("error", 0)
