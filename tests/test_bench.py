@@ -18,6 +18,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 TINY = str(MODELS / "yolo26-tiny.yaml")
 
 
+@pytest.mark.slow
 def test_without_blocks_only_parts_of_a_step_are_timed(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "format=json", f"model={TINY}", "rounds=10", "blocks=0"]) == 0
     cases = {case["case"]: case for case in json.loads(capfd.readouterr().out)["cases"]}

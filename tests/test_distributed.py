@@ -257,7 +257,8 @@ def test_two_processes_train_decide_and_record_as_one(drawn: dict[str, DrawnSet]
     assert_trouble_was_everybodys(tmp_path / "troubled", [name for name, _ in network.named_parameters()])
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_leaves_a_true_status(drawn: dict[str, DrawnSet], tmp_path: Path, rank: int) -> None:
     """Whether it is the one that writes or another: the launcher ends the rest, and the run reads as what it is."""
     arguments = drawn["detect"].arguments(tmp_path, name="killed", epochs=3, val=False)
