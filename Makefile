@@ -34,8 +34,8 @@ fuzz: .venv/ready
 kills: .venv/ready
 	cd tests && ../$(BIN)/python -m trust.kills kills=50
 
-# The suite with other versions of Ultralytics and torch, each pair in an environment of its own: ten minutes each, on two
-# cores. TESTS=tests/test_trainer.py for a part of it.
+# The suite with other versions of Ultralytics and torch, each pair in an environment of its own: as long as `make test`
+# each. TESTS=tests/test_trainer.py for a part of it.
 TESTS ?= tests
 matrix: .venv/ready
 	cd tests && ../$(BIN)/python -m trust.matrix tests=$(TESTS)

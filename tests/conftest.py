@@ -1,6 +1,7 @@
 """Small real data and models for the tests that train; nothing here downloads."""
 
 import os
+import signal
 
 # Before the host is imported: it reads these once.
 os.environ["YOLO_OFFLINE"] = "true"
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# A shell starts what runs in its background with SIGINT ignored, and every process of a test would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "configs" / "models"

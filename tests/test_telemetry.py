@@ -360,8 +360,6 @@ def test_rows_of_epochs_that_are_made_again_leave_the_hosts_table(tmp_path: Path
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_waits_until_what_is_written_is_whole(number: signal.Signals) -> None:
     done = []
-    if number == signal.SIGINT:  # which a suite in the background of a shell inherits as ignored
-        signal.signal(number, signal.default_int_handler)
     before = signal.getsignal(number)
     with pytest.raises((KeyboardInterrupt, SystemExit)), terminable():
         with uninterrupted(), uninterrupted():

@@ -963,8 +963,6 @@ def test_signals_leave_a_true_status(drawn: dict[str, DrawnSet], tmp_path: Path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
-        # A suite in the background of a shell inherits that SIGINT is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509 (no threads here)
     )
     deadline = time.monotonic() + 60
     while not list((tmp_path / "run/gradstab/steps").glob("*.parquet")) and time.monotonic() < deadline:

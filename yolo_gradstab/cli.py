@@ -527,10 +527,10 @@ def _bench(words: list[str]) -> int:
     optional |= {"batch": 16, "optimizer": "SGD", "precision": "fp32"}
     options = _options("bench", _pairs(words), required=(), optional=optional)
     _choice("format", options["format"], ("text", "json"))
-    for key, least in (("rounds", 10), ("blocks", 3), ("imgsz", 32)):
-        value, none = options[key], " (or 0: no whole steps)" if key == "blocks" else ""
-        if not isinstance(value, int) or (value < least and not (none and value == 0)):
-            raise UsageError(f"bench: {key} must be a whole number of at least {least}{none}, got {value!r}")
+    for key, least, also in (("rounds", 10, ""), ("blocks", 3, " (or 0: no whole steps)"), ("imgsz", 32, "")):
+        value = options[key]
+        if not isinstance(value, int) or not (value >= least or (also and value == 0)):
+            raise UsageError(f"bench: {key} must be a whole number of at least {least}{also}, got {value!r}")
     models, batches, optimizers, precisions = (
         value if isinstance(value := options[key], list) else [value]
         for key in ("model", "batch", "optimizer", "precision")

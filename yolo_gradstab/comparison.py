@@ -771,6 +771,7 @@ def effects(arms: Sequence[Mapping[str, Any]], *, metric: str = "mAP50-95") -> p
     """
     rows: list[tuple[str, str, str, int | None]] = []
     first = arms[0]
+    first_slope = _magnitude(first["depth_slope"].get("start", {}))
     for arm in arms:
         slope = arm["depth_slope"].get("start", {})
         share, best, stable = arm["divergence_rate"], arm["best"], arm["max_stable_lr"]
@@ -785,7 +786,7 @@ def effects(arms: Sequence[Mapping[str, Any]], *, metric: str = "mAP50-95") -> p
             f"best {metric}|(range of seeds)": quality,
         }
         judged: list[int | None] = [
-            _effect(_magnitude(first["depth_slope"].get("start", {})), _magnitude(slope), higher_is_better=False),
+            _effect(first_slope, _magnitude(slope), higher_is_better=False),
             _effect(first["divergence_rate"], share, higher_is_better=False),
             None,
             _effect(first["best"], best, higher_is_better=True),

@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from yolo_gradstab.host import TESTED
+
 ROOT = Path(__file__).resolve().parents[2]
-# The oldest release whose methods are those we were written against, some between, and the newest; with the newest
-# torch. And the oldest torch of the suite with the newest release.
-RELEASES = ("8.4.183", "8.4.185", "8.4.187", "8.4.189", "8.4.190")
-OLDEST_TORCH, NEWEST_TORCH = "2.11.0", "2.15.0"
+# The oldest tested release, some between, and the newest; with the newest torch. And the oldest torch with the newest.
+RELEASES = (TESTED["ultralytics"][0], "8.4.185", "8.4.187", "8.4.189", TESTED["ultralytics"][1])
+OLDEST_TORCH, NEWEST_TORCH = TESTED["torch"]
 OF_TORCH = ("torch", "torchvision", "triton", "nvidia-", "cuda-", "setuptools", "sympy", "networkx", "mpmath")
 
 

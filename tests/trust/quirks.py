@@ -106,10 +106,6 @@ def people(points: int) -> Callable[[Coco, Path], None]:
     return change
 
 
-def keypoints(values: list[Any], **more: Any) -> Callable[[Coco, Path], None]:
-    return annotation(keypoints=values, **more)
-
-
 def moved(name: str) -> Callable[[Coco, Path], None]:
     """The first image under another name, in the JSON and on disk."""
 
@@ -246,17 +242,20 @@ QUIRKS = (
     Quirk("an image without annotations", background, used=1),
     # Key points
     *(Quirk(f"{n} key points", people(n), task="pose") for n in (1, 5, 21, 68, 133, 294)),
-    Quirk("`num_keypoints` too large", keypoints([5, 6, 2, *[0] * 12], num_keypoints=5), task="pose"),
+    Quirk("`num_keypoints` too large", annotation(keypoints=[5, 6, 2, *[0] * 12], num_keypoints=5), task="pose"),
     Quirk("`num_keypoints` 0 beside labelled points", annotation(num_keypoints=0), task="pose", used=1,
           unused={"no_keypoints": 1}),
-    Quirk("a person without labelled points", keypoints([0] * 15, num_keypoints=0), task="pose", used=1,
+    Quirk("a person without labelled points", annotation(keypoints=[0] * 15, num_keypoints=0), task="pose", used=1,
           unused={"no_keypoints": 1}),
-    Quirk("a point outside the image", keypoints([5, 6, 2, WIDTH + 9, 6, 2, *[0] * 9]), task="pose"),
-    Quirk("points with fractions", keypoints([5.5, 6.25, 2, *[0] * 12]), task="pose"),
-    Quirk("nested key points", keypoints(NESTED), task="pose", refused=("annotation 11", "keypoints")),
-    Quirk("key points of two values", keypoints([5, 6] * 5), task="pose", refused=("annotation 11", "multiple of 3")),
-    Quirk("too few key points", keypoints([5, 6, 2] * 4), task="pose", refused=("annotation 11", "4 points")),
-    Quirk("a visibility of 3", keypoints([5, 6, 3] * 5), task="pose", refused=("annotation 11", "visibility")),
+    Quirk("a point outside the image", annotation(keypoints=[5, 6, 2, WIDTH + 9, 6, 2, *[0] * 9]), task="pose"),
+    Quirk("points with fractions", annotation(keypoints=[5.5, 6.25, 2, *[0] * 12]), task="pose"),
+    Quirk("nested key points", annotation(keypoints=NESTED), task="pose", refused=("annotation 11", "keypoints")),
+    Quirk("key points of two values", annotation(keypoints=[5, 6] * 5), task="pose",
+          refused=("annotation 11", "multiple of 3")),
+    Quirk("too few key points", annotation(keypoints=[5, 6, 2] * 4), task="pose",
+          refused=("annotation 11", "4 points")),
+    Quirk("a visibility of 3", annotation(keypoints=[5, 6, 3] * 5), task="pose",
+          refused=("annotation 11", "visibility")),
     Quirk("a category without key points beside one with them", task="pose", used=1, unused={"no_keypoints": 1},
           change=lambda c, _: [c["categories"].append({"id": 2, "name": "dog"}),
                                c["annotations"][1].update(category_id=2, keypoints=[], num_keypoints=0)]),

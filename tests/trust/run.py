@@ -3,7 +3,7 @@
     cd tests && python -m trust.run [only=kills,inputs,quirks,versions,ranks,endurance] [kills=50] [inputs=100000]
                                     [steps=20000] [matrix="ultralytics=8.4.190"]
 
-Prints a row as soon as it is measured. All of it takes two hours on two cores, most of it the versions.
+Prints a row as soon as it is measured. All of it takes hours, most of them the versions.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from typing import Any
 from trust.matrix import counts
 
 TESTS = Path(__file__).resolve().parents[1]
+
+
+def last_line(out: str) -> str:
+    """Of what says it all in its last line."""
+    return out.strip().splitlines()[-1]
 
 
 def of_kills(out: str) -> str:
@@ -50,25 +55,20 @@ def of_versions(out: str) -> str:
 
 def of_ranks(out: str) -> str:
     """Of pytest's summary."""
-    found = counts(out.strip().splitlines()[-1])
+    found = counts(last_line(out))
     failed = found.get("failed", 0) + found.get("error", 0)
     return f"{found.get('passed', 0)} of {found.get('passed', 0) + failed} tests passed"
 
 
 def of_endurance(out: str) -> str:
     """Of `trust.endurance`."""
-    ran = json.loads(out.strip().splitlines()[-1])
+    ran = json.loads(last_line(out))
     before, after = ran["rss_mib"]
     return (
         f"{ran['steps']} steps, {ran['records']} recorded, {ran['bytes_per_step']} bytes a step; {before:.0f} MiB at a "
         f"fifth of them, {after:.0f} at the end; a step {ran['slowdown']} times as long; {ran['rollbacks']} rollbacks; "
         f"{ran['outcome']}; the report opens ({ran['report_bytes']} bytes)"
     )
-
-
-def last_line(out: str) -> str:
-    """Of what says it all in its last line."""
-    return out.strip().splitlines()[-1]
 
 
 def main() -> int:
