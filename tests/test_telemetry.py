@@ -292,10 +292,11 @@ def test_a_run_begins_without_what_killed_ones_left(tmp_path: Path) -> None:
     names = ("weights/.last.pt.0.tmp", "gradstab/steps/.0-1.parquet.0.tmp", "gradstab/.status.json.0.tmp")
     for name in names:
         (tmp_path / name).touch()
-    (run.gradstab / "incidents/.7.0.tmp").mkdir(parents=True)
+    for name in (".7.0.tmp", ".7.0.old"):
+        (run.gradstab / "incidents" / name).mkdir(parents=True)
     run.append_event({"event": "skip", "step": 3})
     run.tidy(new=False)
-    assert list(tmp_path.rglob("*.tmp")) == []
+    assert [*tmp_path.rglob("*.tmp"), *tmp_path.rglob("*.old")] == []
     assert len(run.read_events()) == 1
     run.tidy(new=True)
     assert list(run.gradstab.iterdir()) == []
