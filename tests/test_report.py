@@ -283,9 +283,16 @@ def test_gradients_over_depth_are_those_of_the_runs_at_the_best_rate(tmp_path: P
         assert slopes == pytest.approx({"start": -1.5, "after warm-up": 0.0, "end": 2.0}, abs=1e-6)
         half = 12.7062 * math.sqrt(0.5) / math.sqrt(2)  # t(0.975, 1), of the seeds' -1 and -2
         assert arm["depth_slope"]["start"]["low"] == pytest.approx(-1.5 - half, rel=1e-4)
+        # the median of three stages is the middle one's: e to the slope
+        norms = {moment: norm["value"] for moment, norm in arm["depth_norm"].items()}
+        assert norms == pytest.approx({"start": math.exp(-1.5), "after warm-up": 1.0, "end": math.exp(2)})
+        assert arm["depth_norm"]["start"]["high"] == pytest.approx(math.exp(-1.5 + half), rel=1e-3)
     assert (
         "| norm 10 | -1.50 (-7.85 to +4.85) | +0.00 (+0.00 to +0.00) | +2.00 (+2.00 to +2.00) |"
         in (folder / "report.md").read_text()
+    )
+    assert (
+        "| norm 10 | 0.22 (0.00039 to 1.3e+02) | 1 (1 to 1) | 7.4 (7.4 to 7.4) |" in (folder / "report.md").read_text()
     )
     assert (folder / "figures" / "rates_depth.svg").exists()
 
@@ -644,6 +651,7 @@ def an_arm(label: str, *, lost: tuple[float, float], slope: tuple[float, float],
         "label": label, "diverged": 2, "trials": 8, "max_stable_lr": 0.1,
         "divergence_rate": {"value": sum(lost) / 2, "low": lost[0], "high": lost[1]},
         "depth_slope": {"start": {"value": sum(slope) / 2, "low": slope[0], "high": slope[1]}},
+        "depth_norm": {"start": {"value": 0.125, "low": 0.1, "high": 0.2}},
         "best": {"lr0": 0.01, "metric": sum(best) / 2, "low": best[0], "high": best[1]},
     }  # fmt: skip
 
@@ -658,15 +666,17 @@ def test_an_effect_is_said_only_where_intervals_lie_apart() -> None:
     judged = {label: [found[label, name] for name in ("slope over depth", "runs lost", "best mAP")]
               for label in ("as it is", "better", "worse", "same")}  # fmt: skip
     assert judged == {"as it is": [None] * 3, "better": [1, 1, 1], "worse": [-1, -1, -1], "same": [0, 0, 0]}
-    assert {row["effect"] for row in table.iter_rows(named=True) if row["measure"].startswith("largest")} == {None}
+    assert {
+        row["effect"] for row in table.iter_rows(named=True) if row["measure"].startswith(("largest", "gradient"))
+    } == {None}
     words = table.filter(pl.col("arm") == "better")["words"].to_list()
-    assert words == ["−0.02", "2 of 8", "0.1", "0.355 (0.310 to 0.400)"]
+    assert words == ["−0.02", "0.12", "2 of 8", "0.1", "0.355 (0.310 to 0.400)"]
 
 
 def test_what_was_not_measured_is_not_judged() -> None:
     first = an_arm("as it is", lost=(0.1, 0.4), slope=(-0.3, -0.1), best=(0.2, 0.3))
-    bare = first | {"label": "bare", "depth_slope": {}, "max_stable_lr": None}
+    bare = first | {"label": "bare", "depth_slope": {}, "depth_norm": {}, "max_stable_lr": None}
     bare |= {"best": dict.fromkeys(("lr0", "metric", "low", "high"))}
     rows = effects([first, bare]).filter(pl.col("arm") == "bare")
-    assert rows["words"].to_list() == ["not recorded", "2 of 8", "none", "none"]
-    assert rows["effect"].to_list() == [None, 0, None, None]
+    assert rows["words"].to_list() == ["not recorded", "not recorded", "2 of 8", "none", "none"]
+    assert rows["effect"].to_list() == [None, None, 0, None, None]

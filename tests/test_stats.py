@@ -18,6 +18,7 @@ from yolo_gradstab.stats import (
     compare_survival,
     depth_slope,
     effective_lr,
+    geometric_mean_over_seeds,
     holm,
     jeffreys,
     loss_ratio,
@@ -486,3 +487,18 @@ def test_mean_over_seeds_is_students_interval() -> None:
     assert found.high == pytest.approx(2 + 4.302653 / math.sqrt(3), rel=1e-6)
     assert found.low == pytest.approx(2 - 4.302653 / math.sqrt(3), rel=1e-6)
     assert mean_over_seeds([]).reason == "no run has a value"
+
+
+def test_a_geometric_mean_over_seeds_has_the_interval_of_its_logarithm() -> None:
+    """By hand: logs 0 and 2 have mean 1, deviation sqrt(2) and t(0.975, 1) = 12.7062."""
+    found = geometric_mean_over_seeds([1.0, math.exp(2), math.inf])
+    assert (found.value, found.num_seeds) == (pytest.approx(math.e), 2)
+    assert found.low == pytest.approx(math.exp(1 - 12.7062), rel=1e-4)
+    assert found.high == pytest.approx(math.exp(1 + 12.7062), rel=1e-4)
+    assert geometric_mean_over_seeds([3.0]).value == pytest.approx(3.0)
+    assert geometric_mean_over_seeds([]).reason == "no run has a value"
+    vanished = geometric_mean_over_seeds([0.0, 1.0])
+    assert (vanished.value, vanished.low, vanished.num_seeds) == (0.0, None, 2)
+    assert "zero" in vanished.reason
+    with pytest.raises(ValueError, match="positive values, got -1"):
+        geometric_mean_over_seeds([1.0, -1.0])

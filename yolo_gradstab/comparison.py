@@ -403,11 +403,12 @@ class Comparison:
         values["rmst"] = survival
         values["clipped_share"] = _median(entry.row.clipped_share for entry in at_best)
         values["lr_eff"] = _median(entry.row.lr_eff for entry in at_best)
-        slopes = _depth_slopes(_shown_for_depth(runs))
+        slopes, norms = _over_depth(_shown_for_depth(runs))
         reasons = {name: estimate.reason for name, estimate in estimates.items() if estimate.reason}
         reasons |= {"divergence_rate": rate.reason} if rate.reason else {}
         reasons |= {"lr50": half.reason} if half.reason else {}
-        reasons |= {f"depth_slope.{name}": slope.reason for name, slope in slopes.items() if slope.reason}
+        for key, found in (("depth_slope", slopes), ("depth_norm", norms)):
+            reasons |= {f"{key}.{moment}": estimate.reason for moment, estimate in found.items() if estimate.reason}
         if stable is None:
             reasons["max_stable_lr"] = "a run diverged at the lowest learning rate" if runs else "no run that counts"
         if best["metric"] is None:
@@ -436,6 +437,7 @@ class Comparison:
             "lr50": {"value": half.value, "low": half.low, "high": half.high},
             **values,
             "depth_slope": {name: {"value": e.value, "low": e.low, "high": e.high} for name, e in slopes.items()},
+            "depth_norm": {name: {"value": e.value, "low": e.low, "high": e.high} for name, e in norms.items()},
             "best": best,
             "seconds": sum(entry.row.seconds for entry in entries),
             "reasons": reasons,
@@ -716,15 +718,26 @@ def _shown_for_depth(entries: list[Entry]) -> list[Entry]:
     return at_best or [e for e in entries if e.row.lr0 == min(other.row.lr0 for other in entries)]
 
 
-def _depth_slopes(entries: list[Entry]) -> dict[str, Estimate]:
-    """Slope of ln gradient norm per stage of the backbone at each moment, with Student's interval over the seeds."""
+def _over_depth(entries: list[Entry]) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
+    """How gradients change over the backbone, and how large they are, at each moment.
+
+    Returns:
+        Slope of ln norm per stage, with Student's interval over the seeds; and the median norm of the stages, its
+        geometric mean over the seeds with the interval of its logarithm. Gradients that are small throughout have
+        vanished as well, and only the second shows it.
+    """
     slopes: dict[str, list[float]] = {moment: [] for moment in MOMENTS}
+    norms: dict[str, list[float]] = {moment: [] for moment in MOMENTS}
     for entry in entries:
         for (moment,), table in entry.depth_profile.group_by("moment"):
-            slope = stats.depth_slope(table["stage"].to_list(), table["norm"].to_list())
-            if slope is not None:
-                slopes[str(moment)].append(slope)
-    return {moment: stats.mean_over_seeds(found) for moment, found in slopes.items()}
+            values = table["norm"].to_list()
+            slope, norm = stats.depth_slope(table["stage"].to_list(), values), _median(values)
+            slopes[str(moment)] += [] if slope is None else [slope]
+            norms[str(moment)] += [] if norm is None else [norm]
+    return (
+        {moment: stats.mean_over_seeds(found) for moment, found in slopes.items()},
+        {moment: stats.geometric_mean_over_seeds(found) for moment, found in norms.items()},
+    )
 
 
 def _median(values: Iterable[float | None]) -> float | None:
@@ -760,7 +773,7 @@ def effects(arms: Sequence[Mapping[str, Any]], *, metric: str = "mAP50-95") -> p
 
     Better and worse are said only where intervals do not overlap: of the share of runs lost (Jeffreys, 95 %) and of the
     slope over depth (Student over seeds; nearer to zero is better), or the ranges over seeds at the best rates. A
-    largest rate without a loss is one of a grid, and is not judged.
+    largest rate without a loss is one of a grid, and a gradient's size depends on the loss: neither is judged.
 
     Args:
         arms: `arms` of `summary.json`; of several sweeps where all but the technique is the same.
@@ -774,6 +787,7 @@ def effects(arms: Sequence[Mapping[str, Any]], *, metric: str = "mAP50-95") -> p
     first_slope = _magnitude(first["depth_slope"].get("start", {}))
     for arm in arms:
         slope = arm["depth_slope"].get("start", {})
+        norm = arm["depth_norm"].get("start", {}).get("value")
         share, best, stable = arm["divergence_rate"], arm["best"], arm["max_stable_lr"]
         steepness = "not recorded" if slope.get("value") is None else f"{slope['value']:+.2f}".replace("-", "−")
         quality = "none"
@@ -781,12 +795,14 @@ def effects(arms: Sequence[Mapping[str, Any]], *, metric: str = "mAP50-95") -> p
             quality = f"{best['metric']:.3f} ({best['low']:.3f} to {best['high']:.3f})"
         words = {
             "slope over depth|at the start": steepness,
+            "gradient norm of|a stage there": "not recorded" if norm is None else f"{norm:.2g}",
             "runs lost": f"{arm['diverged']} of {arm['trials']}",
             "largest rate|without a loss": "none" if stable is None else f"{stable:g}",
             f"best {metric}|(range of seeds)": quality,
         }
         judged: list[int | None] = [
             _effect(first_slope, _magnitude(slope), higher_is_better=False),
+            None,
             _effect(first["divergence_rate"], share, higher_is_better=False),
             None,
             _effect(first["best"], best, higher_is_better=True),

@@ -27,6 +27,7 @@ __all__ = [
     "compare_survival",
     "depth_slope",
     "effective_lr",
+    "geometric_mean_over_seeds",
     "holm",
     "jeffreys",
     "loss_ratio",
@@ -574,6 +575,21 @@ def mean_over_seeds(means: ArrayLike, confidence: float = 0.95) -> Estimate:
         return Estimate(value=value, num_seeds=count, reason="one seed has no interval")
     half = float(stats.t.ppf((1 + confidence) / 2, count - 1) * means.std(ddof=1) / math.sqrt(count))
     return Estimate(value=value, low=value - half, high=value + half, num_seeds=count)
+
+
+def geometric_mean_over_seeds(values: ArrayLike, confidence: float = 0.95) -> Estimate:
+    """The same of logarithms, for what differs by factors: Student's interval, raised again.
+
+    A value of zero makes the mean zero, and leaves it without an interval.
+    """
+    known = _finite(values)
+    if (known < 0).any():
+        raise ValueError(f"a geometric mean is one of positive values, got {known.min():g}")
+    if (known == 0).any():
+        return Estimate(value=0.0, num_seeds=len(known), reason="a value of zero has no logarithm")
+    logs = mean_over_seeds(np.log(known), confidence)
+    value, low, high = (None if end is None else math.exp(end) for end in (logs.value, logs.low, logs.high))
+    return Estimate(value=value, low=low, high=high, num_seeds=logs.num_seeds, reason=logs.reason)
 
 
 def _finite(values: ArrayLike) -> Array:
