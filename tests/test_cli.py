@@ -173,6 +173,36 @@ def test_help_of_data_is_that_of_its_three(capsys: pytest.CaptureFixture[str]) -
     assert capsys.readouterr().out.startswith("yolo-gradstab: Ultralytics YOLO training")
 
 
+def test_a_run_that_fails_in_setup_says_so_in_its_folder(
+    drawn: dict[str, DrawnSet], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = [f"project={tmp_path}", "name=bad", f"model={drawn['detect'].model}", "clip=agc"]
+    assert main(["detect", "train", *places, "data=missing.yaml"]) == 1
+    run = read_run(tmp_path / "bad")
+    assert (run.status.outcome, run.config["clip"]["policy"]) == ("failed", "agc")
+    assert "missing.yaml" in (run.status.reason or "")
+    assert main(["report", str(tmp_path / "bad")]) == 0
+    assert pl.read_csv(tmp_path / "bad/trials.csv")["verdict"].to_list() == ["failed"]
+
+
+def test_a_sweep_with_failed_trials_has_failed(
+    drawn: dict[str, DrawnSet], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = {
+        "model": str(drawn["detect"].model),
+        "data": str(drawn["detect"].coco),
+        "optimizer": "Foo",
+        "device": "cpu",
+    }
+    spec = {"task": "detect", "train": train, "grid": {"lr0": [0.01]}, "seeds": [0]}
+    (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
+    assert main(["sweep", str(tmp_path / "spec.yaml"), f"out={tmp_path / 'rates'}"]) == 1
+    err = capsys.readouterr().err.splitlines()[-1]
+    where = tmp_path / "rates" / "trials"
+    assert err == f"yolo-gradstab: 1 of 1 trials failed; their logs are in {where}, retry=failed runs them again"
+    assert (tmp_path / "rates" / "report.html").is_file()
+
+
 # What users get wrong ------------------------------------------------------------------------------------------------
 
 
@@ -194,18 +224,24 @@ def test_help_of_data_is_that_of_its_three(capsys: pytest.CaptureFixture[str]) -
         ("detect train mitigations.init=none", 2, "mitigations.init.method must be one of xavier_normal,"),
         ("detect train gradstab=missing.yaml", 2, "gradstab=missing.yaml: cannot be read"),
         ("detect train model={tiny} data=missing.yaml", 1, "'missing.yaml' does not exist"),
-        ("detect train model=missing.yaml data={data}", 1, "'missing.yaml' does not exist"),
+        ("detect train model=missing.yaml data={data}", 1, "model=missing.yaml: no such file; give a model's YAML"),
+        ("detect train model=5 data={data}", 1, "model=5: no such file"),
+        ("detect train model={tiny} data=2017", 1, "2017"),
         ("pose train model={tiny} data={data}", 2, "is a detect model, not a pose model; give the task detect"),
         ("pose train model={tiny_pose} data={data}", 1, "no category has `keypoints`"),
         ("data", 2, "data: must be followed by check, convert, sample, got nothing"),
         ("data check coco=x.json", 2, "data check: images must be given, as images=..."),
         ("data check coco=x.json images=. tsk=pose", 2, "unknown key tsk='pose'; the nearest valid key is task"),
         ("data check coco=x.json images=.", 1, "x.json: no such file"),
-        ("data check coco={json} images={images} task=fly", 1, "task must be one of"),
+        ("data check coco={json} images={images} task=fly", 2, "task must be one of"),
+        ("data check coco={json} images=2017", 1, "2017"),
+        ("data convert coco={json} images={images} out={tmp} task=obb", 2, "task must be one of"),
         ("data check coco={json} images={images} format=xml", 2, "format must be one of text, json, got 'xml'"),
         ("data sample", 2, "data sample: out must be given"),
-        ("data sample out={tmp} images=1", 1, "images"),
+        ("data sample out={tmp} images=1", 2, "images must be a whole number of at least 2, got 1"),
+        ("data sample out={tmp} task=segment", 2, "task must be one of detect, pose for a drawn set, got 'segment'"),
         ("sweep", 2, "give a spec first"),
+        ("sweep missing.yaml retry=all", 2, "sweep: retry must be one of failed, got 'all'"),
         ("sweep missing.yaml", 2, "missing.yaml: cannot be read"),
         ("report", 2, "give at least one run or sweep folder"),
         ("report {tmp}/nothing", 1, "nothing"),

@@ -226,6 +226,14 @@ def test_agc_keeps_a_nan_in_its_unit() -> None:
     assert weight.grad[2].tolist() == [0, 0]
 
 
+def test_agc_clips_a_unit_whose_norm_is_beyond_float32_to_its_limit() -> None:
+    weight = nn.Parameter(torch.tensor([[3.0, 4.0], [3.0, 4.0]]))
+    weight.grad = torch.tensor([[1e20, 1e20], [1e-3, 0.0]])
+    clipped = agc().apply_([weight], gradient_norms([weight.grad]))
+    assert weight.grad.tolist() == [[pytest.approx(0.05 / 2**0.5)] * 2, [pytest.approx(1e-3), 0.0]]
+    assert clipped.clipped_norm.item() == pytest.approx(math.hypot(0.05, 1e-3))
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 def test_agc_clips_output_channels_of_transposed_convolutions(groups: int) -> None:
     conv = nn.ConvTranspose2d(4, 6, 3, groups=groups, bias=False)
@@ -362,6 +370,15 @@ def test_tensor_ema_with_a_parameter_that_only_sometimes_has_a_gradient() -> Non
         policy.clip_([parameter(1.0)] * 3)
 
 
+def test_stabilizer_leaves_a_gradient_of_zero_or_nearly_zero() -> None:
+    policy = clip_policy("stabilizer")
+    for values, expected in (((3.0, 4.0), None), ((0.0, 0.0), [0.0, 0.0]), ((1e-44, 0.0), None)):
+        p = parameter(*values)
+        policy.clip_([p])
+        assert torch.isfinite(p.grad).all()
+        assert expected is None or p.grad.tolist() == expected
+
+
 def test_stabilizer_reference_series() -> None:
     policy = Stabilizer(target=1.0, gamma1=0.7, gamma2=0.9)
     after = clipped_norms(policy, [1.0, 1, 1, 1, 100, 1])
@@ -417,6 +434,7 @@ def test_finite_norms_whose_square_overflows_do_not_either(name: str, steps_befo
     for key, value in policy.state_dict().items():
         old = torch.zeros_like(value) if before[key].numel() == 0 else before[key]
         assert torch.equal(value.nan_to_num(0.0), old.nan_to_num(0.0)), key
+        assert not flat(parameters).isnan().any()
     after = random_parameters(51)
     policy.clip_(after)
     assert torch.isfinite(flat(after)).all()

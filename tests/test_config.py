@@ -116,6 +116,16 @@ def test_a_configuration_survives_being_saved() -> None:
         ({"clip.factor": 0.1}, r"clip\.factor=0\.1 belongs to policy agc, not to norm \(which has max_norm\); give"),
         ({"clip": "agc", "clip.max_norm": 3}, r"clip\.max_norm=3 belongs to policy norm and zclip, not to agc"),
         ({"clip.foo": 1}, r"unknown key clip\.foo=1; policy norm has max_norm$"),
+        (
+            {"clip.polcy": "agc"},
+            r"unknown key clip\.polcy='agc'; the nearest valid key is clip\.policy; policy norm has",
+        ),
+        (
+            {"clip.facto": 1},
+            r"unknown key clip\.facto=1; the nearest valid key is clip\.factor; policy norm has max_norm$",
+        ),
+        ({"guard.nonfinite": True}, r"^guard\.nonfinite must be one of skip, stop, off, got True$"),
+        ({"mitigations.activation": 5}, r"^mitigations\.activation must be one of silu, .*, or null, got 5$"),
         ({"clip.max_norm": -1}, r'clip\.max_norm must be positive and finite; use policy "none" to .*, got -1\.0$'),
         ({"clip.max_norm": float("inf")}, r"clip\.max_norm must be positive and finite; .*got inf$"),
         ({"clip.max_norm": "ten"}, r"^clip\.max_norm must be a number, got 'ten'$"),

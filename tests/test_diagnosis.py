@@ -380,6 +380,17 @@ def test_a_run_that_was_saved_has_warnings_that_still_name_the_cause() -> None:
     assert kinds(lost_again, "error")[:2] == ["lr_too_high", "loss_blowup"]
 
 
+def test_a_run_without_map_that_ended_well_has_a_warning_for_a_step_that_was_left_out() -> None:
+    """As of classify: its records say whether it was lost."""
+    events = {"events": [skip(30)], "columns": spoiled(30)}
+    for map50 in (0.3, None):
+        assert [f.severity for f in diagnose(run(**events, map50=map50)) if f.kind == "nonfinite_gradient"] == [
+            "warning"
+        ]
+    lost = run(**events, map50=None, loss=np.where(np.arange(NUM) > 100, 1e5, 200.0))
+    assert "loss_blowup" in kinds(lost, "error")
+
+
 # Single rules --------------------------------------------------------------------------------------------------------
 
 
@@ -644,6 +655,12 @@ def test_a_scaler_that_never_finds_its_scale() -> None:
     assert kinds(skips([*range(0, 32, 2)])) == ["amp_calibration"]
 
 
+def test_a_scaler_leaves_steps_out_with_the_guard_off_too() -> None:
+    steps = [*range(100, 190, 3)]
+    events = [skip(step, "scaler_overflow") | {"event": "nonfinite"} for step in steps]
+    assert kinds(run(columns=fp16(NUM, steps), events=events))[0] == "amp_overflow"
+
+
 def test_thresholds_of_precision_from_both_sides() -> None:
     def first(steps: list[int], num: int = 300) -> str:
         events = [skip(step, "scaler_overflow") for step in steps]
@@ -714,6 +731,10 @@ def test_the_effective_rate_of_clipped_steps_by_hand() -> None:
     found = the("always_clipped", run(clip=0.02))
     assert found.evidence["effective lr after clipping"].value == pytest.approx(0.01 * 0.02)
     assert found.evidence["share of steps clipped"].value == 1.0
+    left_out = np.arange(NUM) % 10 == 9  # which are recorded as not clipped
+    columns = {"skipped": left_out, "clip_coef": np.where(left_out, 1.0, 0.02)}
+    found = the("always_clipped", run(clip=0.02, columns=columns))
+    assert found.evidence["effective lr after clipping"].value == pytest.approx(0.01 * 0.02)
 
 
 def test_a_long_run_that_learned_nothing_is_an_error() -> None:

@@ -181,10 +181,11 @@ def test_what_the_host_recovers_to_is_trained_on_at_the_lowered_rates(
 
         def _handle_nan_recovery(self, epoch: int) -> bool:
             if self._step == 16:
-                self._snapshots.add(self._snapshot())  # in the epoch that is thrown away
+                self._snapshots.add(self._snapshot())  # in the epoch that is thrown away, and the next makes it good
+                self._snapshots.add(self._snapshot())
             done = bool(super()._handle_nan_recovery(epoch))
             if done:
-                assert self._snapshots.good.step == 0 and self._snapshots._candidate is None
+                assert self._snapshots.good is None and self._snapshots._candidate is None
                 self.recovered = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
             return done
 
@@ -196,6 +197,8 @@ def test_what_the_host_recovers_to_is_trained_on_at_the_lowered_rates(
     assert run.steps["attempt"].to_list() == [0] * 16 + [1] * 8
     averaged = cls.after[11]["tensors"]  # type: ignore[attr-defined]  # what last.pt held, in half precision
     assert trainer.recovered is not None
+    good = trainer._snapshots.good  # of the start of the epoch that was made again
+    assert (good.step, good.others["batch"]) == (16, 11)
     for name, tensor in trainer.recovered.items():
         assert torch.equal(tensor, averaged[f"ema.{name}"].half().to(tensor.dtype)), name
     # The clock went back to the epoch's start, and with it the warm-up of twelve steps that is made again.

@@ -117,6 +117,24 @@ def test_ten_of_twelve_steps_without_a_match_are_a_collapse_where_most_steps_had
     assert found([0.0] * 30) == []
     watch = DivergenceWatch()
     assert all(watch.add(i, loss=1.0, total_norm=1.0, matched_loss=None) is None for i in range(40))
+    # Images without objects leave the same records; a run that learned something had such images.
+    records = table([200.0] * 20 + [5.0] * 10).with_columns(loss_box=pl.Series(died), loss_cls=pl.lit(4.0))
+    assert kinds(find_divergences(records, map50=0.4)) == []
+    assert kinds(find_divergences(records, map50=0.0)) == [("collapse", 29)]
+
+
+def test_a_loss_that_is_zero_from_the_start_is_a_collapse() -> None:
+    """Of a detector that goes on from weights that had collapsed."""
+    assert kinds(find_divergences(table([0.0] * 30, norms=[0.0] * 30))) == [("collapse", 10)]
+    watch = DivergenceWatch()
+    losses = [0.0] * 10 + [1e-7] * 5
+    found = [watch.add(i, loss=loss, total_norm=0.0) for i, loss in enumerate(losses)]
+    assert [divergence.kind for divergence in found if divergence] == ["collapse"]
+    late = DivergenceWatch()
+    assert [late.add(i, loss=0.0, total_norm=0.0) for i in range(9)] == [None] * 9
+    assert late.end(9, map50=0.0) is None
+    late.add(9, loss=0.0, total_norm=0.0)
+    assert late.end(9, map50=0.0) is None
 
 
 def test_a_classifier_that_has_fit_is_no_collapse() -> None:

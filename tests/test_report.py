@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 import yaml
+from polars.testing import assert_frame_equal
 
 from yolo_gradstab.comparison import arm_label, effects, gather
 from yolo_gradstab.config import load_config
@@ -183,6 +184,49 @@ def test_the_step_is_the_events_where_there_is_one(tmp_path: Path) -> None:
     assert "run (norm 10, lr0 0.02) diverged (blowup) at step 20 of 21" in text
 
 
+def test_where_earlier_ones_were_undone_the_step_is_the_last_events(tmp_path: Path) -> None:
+    status = Status(
+        outcome="diverged", divergence="blowup", reason="blowup at step 50: ..., after 3 rollbacks", step=51
+    )
+    run = write_run(tmp_path / "run", losses=HEALTHY[:51], status=status)
+    for step in (15, 30, 50):
+        RunFolder(run).append_event({"event": "divergence", "kind": "blowup", "step": step, "action": "rollback"})
+    build_report(run)
+    assert pl.read_csv(run / "trials.csv")["divergence_step"].to_list() == [50]
+
+
+def test_what_a_rollback_took_back_is_not_held_against_a_run_without_map(tmp_path: Path) -> None:
+    """As of classify, which has no mAP50 that says by itself that something was learned."""
+    losses = [200.0] * 30 + [3e4] * 3 + [200.0] * 30
+    run = write_run(tmp_path / "run", losses=losses)
+    (run / "results.csv").write_text("epoch,metrics/accuracy_top1\n1,0.5\n2,0.93\n")
+    build_report(run)
+    assert pl.read_csv(run / "trials.csv")["verdict"].to_list() == ["blowup"]
+    back = {"event": "rollback", "kind": "blowup", "step": 32, "to_step": 20, "lr_factor": 0.5}
+    for event in ({"event": "divergence", "kind": "blowup", "step": 30, "action": "rollback"}, back):
+        RunFolder(run).append_event(event)
+    build_report(run)
+    row = pl.read_csv(run / "trials.csv").row(0, named=True)
+    assert (row["verdict"], row["score"], row["note"]) == ("kept", 0.93, "blowup at step 30, undone")
+
+
+def test_steps_that_were_not_made_or_taken_back_have_no_part_in_the_rate(tmp_path: Path) -> None:
+    """Of 60 steps every other one was made at 0.01 and not clipped, or at 0.03 and clipped to a quarter."""
+    run = write_run(tmp_path / "run")
+    build_report(run)
+    expected = pl.read_csv(run / "trials.csv").select("lr_eff", "clipped_share")
+    assert expected.row(0) == (pytest.approx(0.02 * (30 * 0.03 + 30 * 0.01 * 0.25) / (30 * 0.03 + 30 * 0.01)), 0.5)
+    writer = PartWriter(RunFolder(run).steps, STEP_SCHEMA)
+    rows = read_run(run).steps.to_dicts()[-8:]
+    not_made = [row | {"step": 60 + i, "skipped": True, "clip_coef": 1.0} for i, row in enumerate(rows)]
+    writer.append([*not_made, *(row | {"step": 68 + i, "clip_coef": 0.001} for i, row in enumerate(rows))])
+    writer.flush()
+    back = {"event": "rollback", "kind": "weight_growth", "step": 75, "to_step": 68, "lr_factor": 0.5}
+    RunFolder(run).append_event(back)
+    build_report(run)
+    assert_frame_equal(pl.read_csv(run / "trials.csv").select("lr_eff", "clipped_share"), expected)
+
+
 def test_a_spike_that_healed_is_noted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     RunFolder(run).append_event({"event": "divergence", "kind": "blowup", "step": 12, "reason": "..."})
@@ -318,6 +362,42 @@ def test_unfinished_and_failed_trials_count_neither_way(sweep: Path) -> None:
     text = (sweep / "report.md").read_text()
     assert "OSError: disk full" in text
     assert "running" in text
+
+
+def test_a_run_that_is_being_set_up_does_not_keep_a_report_from_being_made(sweep: Path) -> None:
+    folder = next(folder for folder in (sweep / "trials").iterdir() if folder.is_dir())
+    shutil.rmtree(folder / "gradstab")
+    held = RunFolder(folder)
+    held.hold()
+    try:
+        build_report(sweep)
+    finally:
+        held.release()
+    assert pl.read_csv(sweep / "trials.csv").filter(id=folder.name)["verdict"].to_list() == ["running"]
+
+
+def test_a_trial_that_ended_before_it_wrote_its_configuration_is_of_its_arm(sweep: Path) -> None:
+    build_report(sweep)
+    labels = [arm["label"] for arm in summary_of(sweep)["arms"]]
+    for folder in (folder for folder in (sweep / "trials").iterdir() if folder.is_dir()):
+        if read_run(folder).config.get("update_clip") and json.loads((folder / "trial.json").read_text())["seed"]:
+            (folder / "gradstab/config.yaml").write_text("{}\n")
+    build_report(sweep)
+    assert [arm["label"] for arm in summary_of(sweep)["arms"]] == labels
+
+
+def test_a_damaged_file_is_named_and_the_others_are_shown(sweep: Path) -> None:
+    folders = sorted(folder for folder in (sweep / "trials").iterdir() if folder.is_dir())
+    damage = {"gradstab/config.yaml": "a: [", "args.yaml": "a: b: c", "gradstab/events.jsonl": "[1]\n"}
+    for folder, (name, text) in zip(folders, damage.items(), strict=False):
+        (folder / name).write_text(text)
+    part = next((folders[3] / "gradstab/steps").glob("*.parquet"))
+    part.write_bytes(b"PAR1" + bytes(40))
+    _, left_out = gather([sweep])
+    for folder, name in (*zip(folders, damage, strict=False), (folders[3], f"gradstab/steps/{part.name}")):
+        reasons = [note.reason for note in left_out if note.path == str(folder)]
+        assert any(name in reason for reason in reasons), (name, reasons)
+    assert len(gather([sweep])[0][0].entries) >= 4
 
 
 def test_effective_rate_weighs_the_clip_by_the_rate(sweep: Path) -> None:

@@ -79,7 +79,9 @@ def test_spec_is_read_from_yaml_with_overrides(tmp_path: Path) -> None:
         ({"train.seed": 3}, r"train\.seed cannot be set in a sweep; use the sweep's own `seeds"),
         ({"grid": {"seed": [1, 2]}}, r"grid\.seed cannot be set in a sweep; use the sweep's own `seeds"),
         ({"train.name": "x"}, r"train\.name cannot be set in a sweep"),
-        ({"train.epocs": 3}, r"unknown key epocs; the nearest valid key is epochs"),
+        ({"train.epocs": 3}, r"unknown key epocs=3; the nearest valid key is epochs"),
+        ({"grid.clipp": ["agc"]}, r"unknown key clipp=\['agc'\]; the nearest valid key is clip$"),
+        ({"train.gaurd.divergence": "off"}, r"the nearest valid key is guard\.divergence$"),
         ({"train.box": float("inf")}, r"box must be finite, got inf"),
     ],
 )

@@ -760,6 +760,26 @@ def test_guard_off_applies_what_torch_applies(drawn: dict[str, DrawnSet], tmp_pa
     assert poisoned == [True]
 
 
+def test_a_batch_without_objects_has_no_matched_loss(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """Neither 0, which says that nothing was matched: with 12 of those a run had collapsed."""
+    matched: list[float | None] = []
+
+    class Sparse(trainer_for("detect")):  # type: ignore[misc]
+        def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+            batch = super().preprocess_batch(batch)
+            if self._step == 2:
+                batch |= {key: batch[key][:0] for key in ("bboxes", "cls", "batch_idx")}
+            return batch
+
+        def optimizer_step(self) -> None:
+            super().optimizer_step()
+            matched.append(self._matched_loss)
+
+    train(Sparse, drawn["detect"].arguments(tmp_path, epochs=1, val=False))
+    assert matched[2] is None
+    assert all(value is not None and value > 0 for i, value in enumerate(matched) if i != 2)
+
+
 # The bound on the update ---------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +31,8 @@ from yolo_gradstab.config import (
 from yolo_gradstab.usage import HELP, help_of
 
 __all__ = ["main"]
+
+PATHS = {"out", "coco", "model", "data", "weights", "project", "name"}  # text, though a folder may be called 2017
 
 
 class UsageError(ValueError):
@@ -83,7 +85,7 @@ def _dispatch(words: list[str]) -> int:
             )
         return _train(words[0], words[2:])
     if words[0] == "data" and words[1:2] and words[1] in _DATA:
-        return _DATA[words[1]](_pairs(words[2:]))
+        return _DATA[words[1]](_pairs(words[2:], PATHS if words[1] == "sample" else PATHS | {"images"}))
     if words[0] == "data":
         raise UsageError(f"data: must be followed by {', '.join(_DATA)}, got {_shown(words[1:2])}")
     if words[0] in _COMMANDS:
@@ -101,12 +103,17 @@ def _train(task: str, words: list[str]) -> int:
     config, arguments = _training_arguments(words)
     from yolo_gradstab.trainer import host_model, trainer_for
 
-    model = arguments.pop("model", None) or TASK2MODEL[task]
+    model = str(arguments.pop("model", None) or TASK2MODEL[task])
     if arguments.get("resume") not in {None, False, True}:
         model = arguments["resume"]  # resume=path/to/last.pt names the model as well
     if arguments.get("data") is None and not arguments.get("resume"):
         arguments["data"] = TASK2DATA[task]
-    yolo, trainer = host_model(task, model)
+    try:
+        yolo, trainer = host_model(task, model)
+    except FileNotFoundError:
+        raise ValueError(
+            f"model={model}: no such file; give a model's YAML or weights, or a name as yolo26n.yaml"
+        ) from None
     yolo.train(trainer=trainer_for(trainer, config), **arguments)
     return _say_where(Path(yolo.trainer.save_dir))
 
@@ -129,8 +136,8 @@ def _say_where(folder: Path) -> int:
             f"{clipped:.0%} of steps clipped, {skipped} not applied"
         )
     print(f"Run: {folder}   records: {folder / 'gradstab'}   report: yolo-gradstab report {folder}")
-    if run.status.outcome == "stopped":
-        return _fail(f"{folder}: stopped: {run.status.reason}", 1)
+    if run.status.outcome in {"stopped", "diverged"}:
+        return _fail(f"{folder}: {run.status.outcome}: {run.status.reason}", 1)
     return 0
 
 
@@ -156,6 +163,8 @@ def _training_arguments(words: list[str], also: Sequence[str] = ()) -> tuple[Con
                 host.update([parse_key_value_pair(word)])
             except (AssertionError, SyntaxError, ValueError, NameError) as error:
                 raise UsageError(f"{word}: {error}") from None
+            if key in PATHS:
+                host[key] = _path(host[key], text)
     _check_host_arguments(host, also)
     return load_config(read_config_file(file) if file is not None else None, ours), host
 
@@ -198,9 +207,11 @@ def _value(key: str, text: str) -> Any:
 
 def _data_check(given: dict[str, Any]) -> int:
     from yolo_gradstab.coco.check import check_coco
+    from yolo_gradstab.coco.labels import check_task
 
     options = _options("data check", given, required=("coco", "images"), optional={"task": "detect", "format": "text"})
     _choice("format", options["format"], ("text", "json"))
+    _wrong_use(check_task, options["task"])
     report = check_coco(options["coco"], images=options["images"], task=options["task"])
     if options["format"] == "json":
         _print_json(report)
@@ -234,8 +245,10 @@ def _print_check(report: Any) -> None:
 
 def _data_convert(given: dict[str, Any]) -> int:
     from yolo_gradstab.coco.conversion import convert_coco
+    from yolo_gradstab.coco.labels import check_task
 
     options = _options("data convert", given, required=("coco", "images", "out"), optional={"task": "detect"})
+    _wrong_use(check_task, options["task"])
     report = convert_coco(options["coco"], images=options["images"], out=options["out"], task=options["task"])
     print(f"{report.files} label files for {report.images} images in {report.out}")
     unused = ", ".join(f"{count} {reason}" for reason, count in report.unused.items())
@@ -247,13 +260,13 @@ def _data_convert(given: dict[str, Any]) -> int:
 
 
 def _data_sample(given: dict[str, Any]) -> int:
-    from yolo_gradstab.coco.sample import draw_sample
+    from yolo_gradstab.coco.sample import check_arguments, draw_sample
 
     optional = {"task": "detect", "images": 96, "size": 160, "seed": 0}
     options = _options("data sample", given, required=("out",), optional=optional)
-    path = draw_sample(
-        options["out"], task=options["task"], images=options["images"], size=options["size"], seed=options["seed"]
-    )
+    arguments = {key: options[key] for key in optional}
+    _wrong_use(check_arguments, **arguments)
+    path = draw_sample(options["out"], **arguments)
     print(f"Drawn: {path}   train on it: yolo-gradstab {options['task']} train data={path} ...")
     return 0
 
@@ -269,6 +282,8 @@ def _sweep(words: list[str]) -> int:
         raise UsageError("sweep: give a spec first, e.g. `yolo-gradstab sweep configs/sweeps/sample_detect.yaml`")
     given = _pairs(words[1:])
     out, retry = given.pop("out", None), given.pop("retry", None)
+    if retry is not None:
+        _choice("sweep: retry", retry, ("failed",))
     try:
         spec = read_spec(words[0], given)
         check_files(spec)
@@ -277,7 +292,18 @@ def _sweep(words: list[str]) -> int:
     with _live_table() as (say, watch):
         folder = run_sweep(spec, out, say=say, watch=watch, retry=retry)
     print(f"Report: {build_report([folder])}")
-    return 0
+    return _failed_trials([folder], folder)
+
+
+def _failed_trials(sweeps: list[Path], report: Path) -> int:
+    """Exit status of sweeps, from their report: 1, and how many, where trials failed. To diverge is no failure."""
+    arms = msgspec.json.decode((report / "summary.json").read_bytes())["arms"]
+    failed = sum(arm["failed"] for arm in arms)
+    if not failed:
+        return 0
+    trials = sum(arm["trials"] + arm["failed"] + arm["unfinished"] for arm in arms)
+    where = " and ".join(str(sweep / "trials") for sweep in sweeps)
+    return _fail(f"{failed} of {trials} trials failed; their logs are in {where}, retry=failed runs them again", 1)
 
 
 @contextmanager
@@ -461,7 +487,7 @@ def _demo(words: list[str]) -> int:
     report = build_report(folders, out=out)
     _print_trials(out / "trials.csv")
     print(f"Report: {report.resolve()}")
-    return 0
+    return _failed_trials(folders, out)
 
 
 def _tiny_model(task: str, out: Path) -> Path:
@@ -598,13 +624,19 @@ def _say(line: str) -> None:
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
-def _pairs(words: list[str]) -> dict[str, Any]:
+def _path(value: Any, text: str) -> Any:
+    """A path as it was written, where YAML took it for a number, a date or a truth; lists and nothing as they are."""
+    return value if value is None or isinstance(value, list | str) else text
+
+
+def _pairs(words: list[str], paths: Set[str] = PATHS) -> dict[str, Any]:
     pairs = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
             raise UsageError(f"{word!r} is not key=value")
-        pairs[key] = _value(key, text)
+        value = _value(key, text)
+        pairs[key] = _path(value, text) if key in paths else value
     return pairs
 
 
@@ -619,6 +651,14 @@ def _options(
     if missing:
         raise UsageError(f"{command}: {' and '.join(missing)} must be given, as {missing[0]}=...")
     return {**optional, **given}
+
+
+def _wrong_use(check: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """What a library's own check of arguments refuses is wrong use of the command."""
+    try:
+        check(*args, **kwargs)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _choice(key: str, value: Any, allowed: Sequence[str]) -> None:

@@ -229,8 +229,9 @@ class AdaptiveGradientClip(ClipPolicy):
         if not chosen:
             return Clipped(measured.total_norm, torch.ones_like(measured.total_norm))
         views = [self._units(parameters[i]) for i in chosen]
-        grad_norms = [torch.linalg.vector_norm(g.float(), dim=dims, keepdim=True) for _, g, dims in views]
-        weight_norms = [torch.linalg.vector_norm(w.float(), dim=dims, keepdim=True) for w, _, dims in views]
+        dtype = torch.promote_types(measured.norms.dtype, torch.float32)  # float64 where float32 would overflow
+        grad_norms = [torch.linalg.vector_norm(g, dim=dims, keepdim=True, dtype=dtype) for _, g, dims in views]
+        weight_norms = [torch.linalg.vector_norm(w, dim=dims, keepdim=True, dtype=dtype) for w, _, dims in views]
         # One vector of all units: the arithmetic below is then a handful of kernels, not a handful per tensor.
         grad_norm = torch.cat([norm.flatten() for norm in grad_norms])
         limit = self.factor * torch.cat([norm.flatten() for norm in weight_norms]).clamp_min(self.eps)
@@ -287,7 +288,8 @@ class AutoClip(ClipPolicy):
         self._state["history"] = history = torch.where(here & finite, norm, history)
         self._state["count"] = count + finite
         threshold = torch.nanquantile(history, self.percentile / 100)
-        return torch.where(norm <= threshold, torch.ones_like(norm), _coef(threshold, norm))
+        is_below = (norm <= threshold) | threshold.isnan()  # before the first sound norm there is nothing to go by
+        return torch.where(is_below, torch.ones_like(norm), _coef(threshold, norm))
 
 
 class ZClip(ClipPolicy):
@@ -452,10 +454,12 @@ class Stabilizer(ClipPolicy):
         square = self.gamma2 * self._state["square"] + (1 - self.gamma2) * norm**2
         square = torch.where(finite, square, self._state["square"])
         self._state = {"mean": mean, "square": square, "count": count}
-        tiny = torch.finfo(norm.dtype).tiny  # a zero gradient stays zero; before any sound norm, so does every gradient
+        tiny = torch.finfo(norm.dtype).tiny  # before any sound norm every gradient becomes zero
         m_hat = mean / (1 - self.gamma1**count).clamp_min(tiny)
         v_hat = square / (1 - self.gamma2**count).clamp_min(tiny)
-        return self.target * m_hat / (v_hat.sqrt() * norm).clamp_min(tiny) / num_images
+        scale = self.target * m_hat / (v_hat.sqrt() * norm).clamp_min(tiny) / num_images
+        # A zero gradient stays zero; inf times 0 would not, nor inf times what is nearly 0.
+        return torch.where(norm > 0, scale.clamp_max(torch.finfo(norm.dtype).max), torch.ones_like(norm))
 
 
 class UpdateRatios(NamedTuple):
@@ -505,7 +509,7 @@ def clip_update_(
     For each tensor with ``ratio = ||W - W_before|| / max(||W_before||, floor)`` above its bound, W becomes
     ``W_before + (W - W_before) * max_ratio / ratio``. Tensors within the bound keep their exact bits, and the
     optimizer's state is left as it is. Unlike a gradient clip this bounds the real step, whatever made it: momentum,
-    weight decay, Adam's denominator or Muon's orthogonalisation.
+    weight decay, Adam's denominator or Muon's orthogonalisation. A move whose norm is beyond float32 is not made.
 
     Args:
         parameters: Tensors after the optimizer's step; changed in place.

@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import msgspec
 import polars as pl
+import yaml
 
 from yolo_gradstab import stats
-from yolo_gradstab.config import CLIP_POLICIES, Init
+from yolo_gradstab.config import CLIP_POLICIES, Config, Init, load_config, read_config_file
 from yolo_gradstab.diagnosis import Finding
 from yolo_gradstab.diagnosis.case import stage_of
 from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
@@ -100,7 +101,8 @@ class Entry:
         self.arm = trial.arm if trial else _own_arm(run.config)
         self.steps, self.layers = run.steps, run.layers
         self.findings: list[Finding] | None = []  # most important first; none where records are damaged
-        self.row = _row(run, trial, arm_label(run.config, self.arm))
+        config = run.config or (_planned_config(trial) if trial else {})
+        self.row = _row(run, trial, arm_label(config, self.arm))
 
     @property
     def diverged(self) -> bool:
@@ -150,11 +152,22 @@ class Entry:
 # What became of a run ------------------------------------------------------------------------------------------------
 
 
+def _planned_config(trial: Trial) -> dict[str, Any]:
+    """Of a trial that ended before it had written its own."""
+    words = [word.partition("=") for word in trial.command]
+    ours = {key: yaml.safe_load(text) for key, equals, text in words if equals}
+    file = ours.get("gradstab")
+    ours = {key: value for key, value in ours.items() if key.partition(".")[0] in Config.__struct_fields__}
+    return load_config(read_config_file(file) if file else None, ours).to_dict()
+
+
 def _row(run: Run, trial: Trial | None, label: str) -> Row:
     steps, args, status = run.steps, run.args, run.status
     lr0 = trial.lr0 if trial else float(args.get("lr0", HOST_LR0))
     verdict, found, note = _judge(run)
     norms = steps["total_norm"].fill_null(math.nan).to_numpy()
+    made = run.lasting(steps).filter(~pl.col("skipped").fill_null(False))  # and not taken back
+    lr, clip_coef = (made[name].fill_null(math.nan).to_numpy() for name in ("lr", "clip_coef"))
     summary, ratio = stats.norm_summary(norms), stats.loss_ratio(steps["loss"].fill_null(math.nan).to_numpy())
     metric = None if verdict in UNDECIDED else run.metric
     return Row(
@@ -179,10 +192,8 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
         spike_score=stats.spike_score(norms),
         robust_spike_score=stats.robust_spike_score(norms),
         largest_loss_ratio=ratio.largest if ratio else None,
-        clipped_share=stats.clipped_share(steps["clip_coef"].fill_null(math.nan).to_numpy()),
-        lr_eff=stats.effective_lr(
-            steps["lr"].fill_null(math.nan).to_numpy(), steps["clip_coef"].fill_null(math.nan).to_numpy(), lr0=lr0
-        ),
+        clipped_share=stats.clipped_share(clip_coef),
+        lr_eff=stats.effective_lr(lr, clip_coef, lr0=lr0),
         seconds=status.seconds,
         note=note,
         path=str(run.folder.path),
@@ -200,13 +211,16 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
         return status.outcome, None, reason or "has not ended: it is running, or was killed"
     map50 = run.map50
     if status.divergence:
-        event = next(
-            (e for e in run.events if e.get("event") == "divergence" and e.get("kind") == status.divergence), {}
-        )
-        step = event.get("step")
+        steps = [
+            e.get("step") for e in run.events if e.get("event") == "divergence" and e.get("kind") == status.divergence
+        ]
+        step = steps[-1] if steps else None  # those before it were undone
         found = Divergence(status.divergence, step if isinstance(step, int) else max(0, status.step - 1), reason)
         return status.divergence, found, reason
-    if status.outcome == "completed" and map50 is not None and map50 >= NO_QUALITY:
+    completed = status.outcome == "completed"
+    learned = completed and map50 is not None and map50 >= NO_QUALITY
+    findings = [] if learned else find_divergences(run.lasting(run.steps), run.lasting(run.layers), map50=map50)
+    if learned or (completed and map50 is None and not findings):
         events = (event for event in run.events if event.get("event") == "divergence")
         notes = (
             f"{e.get('kind')} at step {e.get('step')}, {'undone' if e.get('action') == 'rollback' else 'and healed'}"
@@ -218,7 +232,7 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
     gave_up = status.outcome == "failed" and "NaN" in reason  # the host's words
     if status.outcome == "failed" and not gave_up:
         return "failed", None, reason
-    if findings := find_divergences(run.steps, run.layers, map50=map50):
+    if findings:
         found = findings[0]
         words = f"{found.kind} at step {found.step}: {found.reason}"
         return found.kind, found, "; ".join(text for text in (reason, words) if text)

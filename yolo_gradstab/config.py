@@ -429,7 +429,10 @@ def _foreign_field(field: str, value: Any, policy: str) -> str:
             f"clip.{field}={value!r} belongs to policy {' and '.join(owners)}, not to {policy} (which has {own}); "
             f"give clip={owners[0]} or drop the key"
         )
-    return f"unknown key clip.{field}={value!r}; policy {policy} has {own}"
+    fields = {"policy", *(name for cls in CLIP_POLICIES.values() for name in cls.__struct_fields__)}
+    near = difflib.get_close_matches(field, sorted(fields), n=1)
+    hint = f"; the nearest valid key is clip.{near[0]}" if near else ""
+    return f"unknown key clip.{field}={value!r}{hint}; policy {policy} has {own}"
 
 
 # msgspec's names of types in the words of a configuration file.
@@ -456,6 +459,8 @@ def _explain(error: msgspec.ValidationError, merged: dict[str, Any]) -> str:
         return f"{dotted}.{match[1]} is required, e.g. {dotted}={example}"
     if match := re.match(r"Expected `(.+?)`, got `.+`", text):
         wanted = " or ".join(_KINDS.get(kind, kind) for kind in match[1].split(" | "))
+        if match[1] in {"str", "str | null"} and (choices := _choices(keys, merged)):
+            wanted = f"one of {choices}"
         return f"{dotted} must be {wanted}, got {value!r}"
     if text.startswith("Invalid enum value"):
         return f"{dotted} must be one of {_choices(keys, merged)}, got {value!r}"
@@ -471,12 +476,15 @@ def _at(keys: list[str], merged: dict[str, Any]) -> Any:
 
 
 def _choices(keys: list[str], merged: dict[str, Any]) -> str:
+    """The words that a key takes; empty where it takes any text."""
     is_clip = keys[0] == "clip"  # whose fields depend on the policy, and may be lists
     section: type[_Section] = CLIP_POLICIES[merged["clip"]["policy"]] if is_clip else _SECTIONS[".".join(keys[:-1])]
     name = keys[1] if is_clip else keys[-1]
     kind = {field.name: field.type for field in msgspec.structs.fields(section)}[name]
     may_be_null = type(None) in get_args(kind)
     while get_origin(kind) is not Literal:
+        if not get_args(kind):
+            return ""
         kind = get_args(kind)[0]
     choices = ", ".join(str(choice) for choice in get_args(kind))
     return f"{choices}, or null" if may_be_null else choices

@@ -67,6 +67,8 @@ BLOWUP = 100.0  # of a single loss over the start
 # Nats, the least start of what is no detector: one fine-tuned from weights that fit starts near 0, and a single wrong
 # label is then any multiple of that.
 LEAST_START = 1.0
+# The same of a detector, and of its norm: one that starts from collapsed weights has a loss of 0 from the start.
+LEAST_DETECTOR_START = 1e-3
 COLLAPSE = 1e-3  # of loss, of its matched part and of the norm under the start
 COLLAPSED_STEPS = 10  # in a row: a batch without objects may be near zero once
 COLLAPSED_STEPS_AFTER_RISE = 3  # the same once the loss has passed `HIGH`
@@ -197,8 +199,8 @@ class DivergenceWatch(msgspec.Struct):
         return None
 
     def _judge(self, step: int, loss: float, total_norm: float, is_detector: bool) -> Divergence | None:
-        start, start_norm = median(self.losses), median(self.norms)
-        start = start if is_detector else max(start, LEAST_START)
+        start = max(median(self.losses), LEAST_DETECTOR_START if is_detector else LEAST_START)
+        start_norm = max(median(self.norms), LEAST_DETECTOR_START)
         self.mean = SMOOTHING * self.mean + (1 - SMOOTHING) * loss
         self.share = SMOOTHING * self.share + (1 - SMOOTHING)
         mean = self.mean / self.share
@@ -246,7 +248,7 @@ class DivergenceWatch(msgspec.Struct):
         """Judge the end of a run by its final mAP50; nothing where that is not known."""
         if map50 is None or map50 >= NO_QUALITY or len(self.losses) < FIRST_STEPS:
             return None
-        start = median(self.losses)
+        start = max(median(self.losses), LEAST_DETECTOR_START)
         if self.highest_loss > HIGH * start:
             reason = f"the loss had been {self.highest_loss / start:.3g} times its start, and mAP50 is {map50:.2g}"
             return self._found("collapse", step, reason)
@@ -433,13 +435,14 @@ def find_divergences(
     Args:
         steps: Step records: `step`, `loss` and its components, `total_norm`, `skipped`.
         layers: Layer records: `step`, `layer`, `weight_norm`.
-        map50: The run's final mAP50, for a run that has ended.
+        map50: The run's final mAP50, for a run that has ended. One that learned something had matches: that some steps
+            had none is their images', which records do not tell from a detector that matches nothing.
     """
     watch = DivergenceWatch()
     found: list[Divergence | None] = []
     columns = [steps[name].to_list() for name in ("step", "loss", "total_norm", "skipped")]
     parts = {name.removeprefix("loss_"): pl.col(name) for name in steps.columns if name.startswith("loss_")}
-    total = matched_loss(parts)
+    total = matched_loss(parts) if map50 is None or map50 < NO_QUALITY else None
     columns.append([None] * len(steps) if total is None else steps.select(total).to_series().to_list())
     matches = not parts or is_detector(parts)  # of records without components it is not known; most are detectors'
     for step, loss, total_norm, skipped, matched in zip(*columns, strict=True):

@@ -180,7 +180,8 @@ def _context(comparisons: list[Comparison], not_shown: list[NotShown]) -> dict[s
 
 def _dates(runs: list[Run]) -> str:
     """When the runs ended, by the time of their status files."""
-    times = [(run.folder.gradstab / "status.json").stat().st_mtime for run in runs]
+    files = [run.folder.gradstab / "status.json" for run in runs]
+    times = [file.stat().st_mtime for file in files if file.is_file()]  # one that is being set up has none yet
     days = sorted({datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d") for time in times})
     return days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}" if days else ""
 

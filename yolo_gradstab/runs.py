@@ -149,9 +149,14 @@ class RunFolder:
         """Make the folder and save the configuration as used."""
         self.steps.mkdir(parents=True, exist_ok=True)
         self.layers.mkdir(exist_ok=True)
+        self.events.touch()
         text = yaml.safe_dump(msgspec.to_builtins(config), sort_keys=False)
         with replacing(self.gradstab / "config.yaml") as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+    def has_status(self) -> bool:
+        """Whether a run has begun here, or ended."""
+        return (self.gradstab / "status.json").is_file()
 
     def write_status(self, status: Status) -> None:
         """Replace the status in one rename."""
@@ -175,9 +180,12 @@ class RunFolder:
             raise RunError(f"{path}: {error}") from None
 
     def read_config(self) -> dict[str, Any]:
-        """The configuration as used; empty when it is missing."""
-        path = self.gradstab / "config.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        """The configuration as used; empty when it is missing.
+
+        Raises:
+            RunError: It is damaged.
+        """
+        return read_mapping(self.gradstab / "config.yaml")
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Add one line to `events.jsonl`; values that JSON cannot hold become null."""
@@ -189,11 +197,21 @@ class RunFolder:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.events))
 
     def read_events(self) -> list[dict[str, Any]]:
-        """All complete lines; a kill may have left half of the last one."""
+        """All complete lines; a kill may have left half of the last one.
+
+        Raises:
+            RunError: One of them is no JSON object.
+        """
         if not self.events.is_file():
             return []
         lines = self.events.read_bytes().split(b"\n")[:-1]
-        return [msgspec.json.decode(line) for line in lines]
+        events = []
+        for number, line in enumerate(lines, 1):
+            try:
+                events.append(msgspec.json.decode(line, type=dict[str, Any]))
+            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+                raise RunError(f"{self.events}: line {number}: {error}") from None
+        return events
 
     def drop_events_from(self, step: int) -> None:
         """Remove the events of this step and later ones, which a resumed run makes again."""
@@ -316,3 +334,18 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:  # run from its source folder, as on a machine without a network
             found[name] = "not installed"
     return found
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file of keys; empty when it is missing.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise RunError(f"{path}: must hold keys and values, got {type(content).__name__}")
+    return content

@@ -23,7 +23,16 @@ from typing import Any, Literal
 import msgspec
 import yaml
 
-from yolo_gradstab.config import TASKS, Config, Task, as_numbers, load_config, nearest, read_config_file
+from yolo_gradstab.config import (
+    TASKS,
+    Config,
+    Task,
+    as_numbers,
+    config_keys,
+    load_config,
+    nearest,
+    read_config_file,
+)
 from yolo_gradstab.executors import TrialState, run_trials
 from yolo_gradstab.runs import replacing
 from yolo_gradstab.trial import SweepError, Trial, flow, read_trial
@@ -172,8 +181,10 @@ def _check(where: str, spec: Spec) -> None:
         if key in _RESERVED:
             section = "train" if key in spec.train else "grid"
             raise SweepError(f"{where}: {section}.{key} cannot be set in a sweep; {_RESERVED[key]}")
-        if not _is_ours(key) and key not in (known := _host_defaults()):
-            raise SweepError(f"{where}: unknown key {key}{nearest(key, known)}")
+        if not _is_ours(key) and key not in _host_defaults():
+            value = spec.train.get(key, spec.grid.get(key))
+            near = nearest(key, [*_host_defaults(), *config_keys(), "gradstab"])
+            raise SweepError(f"{where}: unknown key {key}={value!r}{near}")
     for key in ("model", "data"):
         if key not in spec.train and key not in spec.grid:
             raise SweepError(f"{where}: train.{key} is missing; give what to train{' on' if key == 'data' else ''}")

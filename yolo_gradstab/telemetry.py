@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,14 +39,14 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import polars as pl
 
-from yolo_gradstab.runs import RunError, RunFolder, Status, replacing
+from yolo_gradstab.runs import RunError, RunFolder, Status, read_mapping, replacing
 
 if TYPE_CHECKING:
     from yolo_gradstab.diagnosis import Finding
 
 __all__ = [
-    "LAYER_SCHEMA", "MAP50", "QUALITY", "STEP_SCHEMA", "LayerRecord", "PartWriter", "Run", "StepRecord", "read_parts",
-    "read_run",
+    "LAYER_SCHEMA", "MAP50", "QUALITY", "STEP_SCHEMA", "LayerRecord", "PartWriter", "Run", "StepRecord", "lasting",
+    "read_parts", "read_run",
 ]  # fmt: skip
 
 # What a run is judged by, as the host names it and as a reader calls it; the first that there is: a pose run also has
@@ -207,14 +207,25 @@ def _row_schema(rows: list[dict[str, Any]], schema: dict[str, type[pl.DataType]]
 
 
 def read_parts(folder: Path, schema: dict[str, type[pl.DataType]]) -> pl.DataFrame:
-    """All rows of a folder of parts, by step; an empty table with the schema's columns when there is none."""
+    """All rows of a folder of parts, by step; an empty table with the schema's columns when there is none.
+
+    Raises:
+        RunError: A part is damaged; the message names it.
+    """
     try:
-        parts = [pl.read_parquet(path) for path in _part_paths(folder)]
+        parts = [_read_part(path) for path in _part_paths(folder)]
     except FileNotFoundError:  # merged since they were listed, which does not happen again within a moment
-        parts = [pl.read_parquet(path) for path in _part_paths(folder)]
+        parts = [_read_part(path) for path in _part_paths(folder)]
     if not parts:
         return pl.DataFrame(schema=schema)
     return pl.concat(parts, how="diagonal_relaxed").sort("step", maintain_order=True)
+
+
+def _read_part(path: Path) -> pl.DataFrame:
+    try:
+        return pl.read_parquet(path)
+    except pl.exceptions.PolarsError as error:
+        raise RunError(f"{path}: {' '.join(str(error).split())}") from None
 
 
 def _part_paths(folder: Path) -> list[Path]:
@@ -280,6 +291,10 @@ class Run:
         """What happened beside the ordinary: skips, stops."""
         return self.folder.read_events()
 
+    def lasting(self, table: pl.DataFrame) -> pl.DataFrame:
+        """Steps or layers without those that a rollback took back, which the run did not come from."""
+        return lasting(table, self.events)
+
     def diagnose(self) -> list[Finding]:
         """What went wrong, in words, the root cause first (`yolo_gradstab.diagnosis`)."""
         from yolo_gradstab import diagnosis  # which reads these tables, so it cannot be imported above
@@ -289,10 +304,7 @@ class Run:
     @cached_property
     def args(self) -> dict[str, Any]:
         """The host's arguments as the run was started; empty when they are missing."""
-        import yaml
-
-        path = self.folder.path / "args.yaml"
-        return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_mapping(self.folder.path / "args.yaml")
 
     @cached_property
     def results(self) -> pl.DataFrame:
@@ -335,6 +347,15 @@ class Run:
                 value = self.results[name].cast(pl.Float64, strict=False)[-1]
                 return value if value is not None and math.isfinite(value) else None
         return next((self.status.metrics[name] for name in names if name in self.status.metrics), None)
+
+
+def lasting(table: pl.DataFrame, events: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    """The rows of a table with a column `step` that these events of a run do not say were taken back."""
+    for event in events:
+        step, to_step = event.get("step"), event.get("to_step")
+        if event.get("event") == "rollback" and isinstance(step, int) and isinstance(to_step, int):
+            table = table.filter(~pl.col("step").is_between(to_step, step))
+    return table
 
 
 def read_run(path: str | Path) -> Run:

@@ -302,7 +302,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._folder: RunFolder | None = None  # taken by this process
         try:
             super().__init__(*args, **kwargs)
-        except BaseException:  # a notebook keeps the traceback, and with it the trainer
+        except BaseException as error:  # a notebook keeps the traceback, and with it the trainer
+            self._fail_in_setup(error)
             self._let_go()
             raise
         if self.ddp:  # its workers write
@@ -344,6 +345,14 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         folder.hold()
         self._folder = folder
         folder.tidy(new=not self.resume)
+
+    def _fail_in_setup(self, error: BaseException) -> None:
+        """A new run whose data or model cannot be had leaves a status too; one that is resumed keeps its own."""
+        if self._folder is None or not isinstance(error, Exception) or self._folder.has_status():
+            return
+        self._folder.create(self._config.to_dict())
+        reason = f"{type(error).__name__}: {error}"
+        self._folder.write_status(Status(outcome="failed", reason=reason, versions=versions()))
 
     def _let_go(self) -> None:
         if self._folder is not None:
@@ -563,7 +572,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         extremes = [torch.stack(torch.aminmax(batch["img"])) for batch in scanned]
         pixels = torch.cat(extremes).abs().amax() if extremes else torch.zeros_like(total_norm)
         matched = matched_loss(self._accumulated.items)
-        empty = self.world_size == 1 and not any(len(batch.get("bboxes", ())) for batch in self._micro_batches)
+        empty = self.world_size <= 1 and not any(len(batch.get("bboxes", ())) for batch in self._micro_batches)
         if matched is None or empty:  # not known, or nothing was to be matched
             matched = torch.full_like(loss, -1.0)
         done = self._accumulated
@@ -1271,8 +1280,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             recovered = bool(super()._handle_nan_recovery(epoch))
         finally:
             self.loss = loss
-        if recovered:  # what came of the epoch it throws away is no state to go back to
-            self._snapshots.go_back(self._step)
+        if recovered:  # what came of the epoch it throws away is no state to go back to; the next is taken at its start
+            self._snapshots = Snapshots()
             self._health, self._look = HealthWatch(), None
         return recovered
 

@@ -364,6 +364,7 @@ def test_images_that_no_convention_finds(build: Builder) -> None:
         ({"train": "no.json"}, r"train: no\.json not found in .*/set; set `path` to the folder that holds it"),
         ({"val": "no.json"}, r"val: .*/no\.json does not exist; `path` is "),
         ({"path": ["x"]}, r"path must be a folder, got \['x'\]"),
+        ({"names": 5}, "names must be a list, or numbers with names, got 5; leave `names` out"),
         (
             {"names": ["dog"]},
             r"names \[dog\] are not the categories of the JSON in id order, \[cat\]; leave `names` out",
@@ -396,6 +397,12 @@ def test_pose_yaml_that_does_not_fit(build: Builder, keys: dict[str, Any], messa
 
 def test_given_names_that_agree_are_fine(build: Builder) -> None:
     assert data_of(build, build.coco(), names={0: "cat"}, nc=1)["names"] == {0: "cat"}
+
+
+def test_given_names_with_numbers_in_quotes_are_in_the_order_of_the_numbers(build: Builder) -> None:
+    categories = [build.category(id=i + 3, name=f"n{i}") for i in range(12)]
+    names = {f"{i}": f"n{i}" for i in range(12)}
+    assert data_of(build, build.coco(categories=categories), names=names)["nc"] == 12
 
 
 def test_yaml_that_is_none(build: Builder) -> None:

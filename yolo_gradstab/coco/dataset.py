@@ -351,8 +351,11 @@ def _described(category: tuple[str, list[str] | None] | None) -> str:
 
 def _check_names(raw: Mapping[str, Any], names: Mapping[int, str], file: Path) -> None:
     given, own = raw.get("names"), list(names.values())
+    if given is not None and not isinstance(given, dict | list):
+        raise CocoError(f"{file}: names must be a list, or numbers with names, got {given!r}; leave `names` out")
     if isinstance(given, dict):
-        given = [given[key] for key in sorted(given, key=str if any(isinstance(k, str) for k in given) else int)]
+        are_numbers = all(isinstance(key, int) or str(key).isdecimal() for key in given)
+        given = [given[key] for key in sorted(given, key=int if are_numbers else str)]
     if given is not None and [str(name) for name in given] != own:
         raise CocoError(
             f"{file}: names {_clipped(given)} are not the categories of the JSON in id order, {_clipped(own)}; "

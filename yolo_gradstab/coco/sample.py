@@ -45,7 +45,7 @@ def draw_sample(out: str | Path, *, task: str = "detect", images: int = 96, size
     Raises:
         CocoError: If an argument is out of range, or `out` holds something else.
     """
-    _check_arguments(task=task, images=images, size=size, seed=seed)
+    check_arguments(task=task, images=images, size=size, seed=seed)
     folder = Path(out)
     heading = f"# Drawn by yolo_gradstab: task={task} images={images} size={size} seed={seed}\n"
     _check_folder(folder, heading)
@@ -77,7 +77,12 @@ def label_sample(data_yaml: Path, *, task: str) -> Path:
     return path
 
 
-def _check_arguments(*, task: str, images: int, size: int, seed: int) -> None:
+def check_arguments(*, task: str, images: int, size: int, seed: int) -> None:
+    """Refuse what `draw_sample` cannot draw, before anything is written.
+
+    Raises:
+        CocoError: With the argument, its value, and what is allowed.
+    """
     if task not in SAMPLE_TASKS:
         raise CocoError(f"task must be one of {', '.join(SAMPLE_TASKS)} for a drawn set, got {task!r}")
     for name, value, least in (("images", images, 2), ("size", size, MIN_SIZE_PX), ("seed", seed, 0)):

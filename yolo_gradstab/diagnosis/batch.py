@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from yolo_gradstab.diagnosis.case import Case, step_of
+from yolo_gradstab.diagnosis.case import Case
 from yolo_gradstab.diagnosis.finding import MOST_NAMED, Finding, Measured, Severity
 from yolo_gradstab.diagnosis.rate import is_hot
 from yolo_gradstab.incident import ImageNote, Incident
@@ -74,7 +74,6 @@ def _explained(case: Case, incident: Incident) -> bool:
 
 def module_fault(case: Case) -> Iterator[Finding]:
     """A module that turns sound values into ones that are not, with sound weights."""
-    scaled = {step_of(event) for event in case.events("skip") if event.get("reason") == "scaler_overflow"}
     for incident in case.records.incidents:
         first = incident.first_bad
         if first is None or first.where not in {"forward", "backward"}:
@@ -83,7 +82,7 @@ def module_fault(case: Case) -> Iterator[Finding]:
             continue
         if first.where == "backward" and (_bad_labels(incident) or not (first.module or first.type)):
             continue  # from the loss, which the labels reach first
-        sane = LEAST_SANE_INPUT if incident.step in scaled else SANE_INPUT
+        sane = LEAST_SANE_INPUT if incident.step in case.overflow_steps else SANE_INPUT
         ratio = _ratio(first.output_max, first.input_max)
         if first.what == "nonfinite":
             holds = first.input_max is None or first.input_max < sane

@@ -15,7 +15,7 @@ from yolo_gradstab.diagnosis.finding import Severity
 from yolo_gradstab.guard import FIRST_STEPS, NO_QUALITY, Divergence, UnrestKind, find_divergences
 from yolo_gradstab.incident import Incident, IncidentError, read_incident
 from yolo_gradstab.runs import RunError, Status
-from yolo_gradstab.telemetry import Run
+from yolo_gradstab.telemetry import Run, lasting
 
 __all__ = ["Array", "Case", "Records", "finite", "records_of", "stage_of", "step_of"]
 
@@ -142,7 +142,7 @@ class Case:
     def divergences(self) -> list[Divergence]:
         """What the trainer saw, and what the records show, each kind once, in order."""
         found = [_divergence(event) for event in self.events("divergence", "rollback") if event not in self.calmings]
-        found += find_divergences(self._kept(self.steps), self._kept(self.layers), map50=self.map50)
+        found += self._lasting_divergences
         reason = self.status.reason or ""
         if self.status.divergence or (self.status.outcome == "failed" and "NaN" in reason):  # the host's own words
             kind = self.status.divergence or "nonfinite"
@@ -153,12 +153,11 @@ class Case:
             first.setdefault(divergence.kind, divergence)
         return list(first.values())
 
-    def _kept(self, table: pl.DataFrame) -> pl.DataFrame:
-        """Without the steps that were taken back, which the run did not come from."""
-        for event in self.events("rollback"):
-            taken_back = pl.col("step").is_between(event.get("to_step", step_of(event) + 1), step_of(event))
-            table = table.filter(~taken_back)
-        return table
+    @cached_property
+    def _lasting_divergences(self) -> list[Divergence]:
+        """Of the records without the steps that were taken back."""
+        steps, layers = (lasting(table, self.records.events) for table in (self.steps, self.layers))
+        return find_divergences(steps, layers, map50=self.map50)
 
     @cached_property
     def calmings(self) -> list[dict[str, Any]]:
@@ -168,13 +167,20 @@ class Case:
     @cached_property
     def recovered(self) -> bool:
         """Whether it ended well, whatever it went through."""
-        good = self.map50 is not None and self.map50 >= NO_QUALITY
+        # Classify, semantic and depth have no such line between something and nothing.
+        good = not self._lasting_divergences if self.map50 is None else self.map50 >= NO_QUALITY
         return good and self.status.outcome == "completed" and self.status.divergence is None
 
     @cached_property
     def bad_steps(self) -> list[dict[str, Any]]:
         """Events of gradients that were not finite, without those of an fp16 scaler that looks for its scale."""
         return [event for event in self.events("skip", "nonfinite") if event.get("reason") != "scaler_overflow"]
+
+    @cached_property
+    def overflow_steps(self) -> list[int]:
+        """Steps that an fp16 scaler left out; with the guard off it does so too."""
+        events = self.events("skip", "nonfinite")
+        return sorted(step_of(event) for event in events if event.get("reason") == "scaler_overflow")
 
     @cached_property
     def trouble_step(self) -> float:

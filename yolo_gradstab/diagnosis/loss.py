@@ -146,7 +146,7 @@ def stalled(case: Case) -> Iterator[Finding]:
     middle = case.usual_update or 0.0
     if middle:
         evidence["update over weight of the median stage"] = Measured(middle, HOT_RATIO)
-    effective = effective_lr(case.lr, case.column("clip_coef"), lr0=lr0)
+    effective = effective_lr(case.lr[~case.skipped], case.column("clip_coef")[~case.skipped], lr0=lr0)
     if effective is not None:
         evidence["effective lr after clipping"] = Measured(effective)
     yield Finding(

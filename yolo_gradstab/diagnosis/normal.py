@@ -78,7 +78,7 @@ def always_clipped(case: Case) -> Iterator[Finding]:
     if not len(coef) or (coef < 1).mean() <= MOSTLY:
         return
     lr0 = case.number("lr0", HOST_LR0)
-    effective = effective_lr(case.lr, case.column("clip_coef"), lr0=lr0)
+    effective = effective_lr(case.lr[~case.skipped], case.column("clip_coef")[~case.skipped], lr0=lr0)
     norms = case.norm[np.isfinite(case.norm)]
     clip = case.records.config.get("clip") or {}
     is_norm = clip.get("policy", "norm") == "norm"

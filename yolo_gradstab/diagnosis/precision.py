@@ -89,9 +89,8 @@ def nonfinite_gradient(case: Case) -> Iterator[Finding]:
 
 def _bad_gradient_steps(case: Case) -> list[int]:
     """Steps whose gradient was not finite, by events and records; not those of a scaler that looks for its scale."""
-    scaled = [step_of(event) for event in case.events("skip") if event.get("reason") == "scaler_overflow"]
     rows = case.steps.filter(pl.col("nonfinite") > 0, pl.col("scale") == 1)["step"].to_list()
-    return sorted({*(step_of(event) for event in case.bad_steps), *(set(rows) - set(scaled))})
+    return sorted({*(step_of(event) for event in case.bad_steps), *(set(rows) - set(case.overflow_steps))})
 
 
 def nonfinite_weights(case: Case) -> Iterator[Finding]:
@@ -120,7 +119,7 @@ def _batch_of(case: Case, step: int) -> dict[str, Measured]:
 
 def amp(case: Case) -> Iterator[Finding]:
     """An fp16 scaler that looks for its scale at the start, or that never finds it."""
-    skips = sorted(step_of(event) for event in case.events("skip") if event.get("reason") == "scaler_overflow")
+    skips = case.overflow_steps
     if not skips:
         return
     late = [step for step in skips if step >= CALIBRATION_STEPS]

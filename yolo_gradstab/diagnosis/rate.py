@@ -109,7 +109,7 @@ def _timing(case: Case) -> dict[str, Measured]:
     """When it went wrong, beside when the rate was highest, and what the rate amounted to after clipping."""
     if not len(case.lr) or not np.isfinite(case.lr).any():
         return {}
-    until = case.step <= case.trouble_step
+    until = (case.step <= case.trouble_step) & ~case.skipped
     lr0 = case.number("lr0", HOST_LR0)
     evidence = {"lr0": Measured(lr0), "lr0 / (1 - momentum)": Measured(lr0 / max(1e-6, 1 - case.momentum))}
     effective = effective_lr(case.lr[until], case.column("clip_coef")[until], lr0=lr0)
