@@ -40,7 +40,8 @@ Our keys, beside Ultralytics' own (also from a file: gradstab=FILE.yaml, which k
   mitigations.init=xavier_normal|xavier_uniform|kaiming_normal|kaiming_uniform|orthogonal|zero_residual
   mitigations.init.gain=1.0
 
-`yolo-gradstab COMMAND --help` says more of a command.
+Exit status: 0 done; 1 the work failed (an error, a run that was stopped or has diverged, a sweep with failed trials);
+2 wrong use. `yolo-gradstab COMMAND --help` says more of a command.
 """
 
 _TRAIN = """\
