@@ -263,7 +263,7 @@ def summary(folder: Path) -> tuple[Any, Any]:
     return arms, trials.to_dicts()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_sweep_that_is_killed_goes_on_without_running_anything_twice(tmp_path: Path, seed: int) -> None:
     """kill -9 at a random moment leaves two trials running; the next sweep waits for them and takes their results."""
     outcomes = ["completed", "diverged", "completed", "completed", "diverged", "completed"]

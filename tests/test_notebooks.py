@@ -49,8 +49,9 @@ CLAIMS = {
             assert diverged[what, "no clip"] == none and diverged[what, "norm 10"] == "4 of 10"
             assert diverged[what, "norm 10 + update_clip 0.03"] == "0 of 10"
         lost = {what: counts for what, *counts in saved.iter_rows()}
-        assert lost["detection, drawn"] == [42, 17, 1] and lost["pose, drawn"] == [15, 7, 1]
-        assert lost["detection, blood cells"] == [10, 4, 1]
+        assert lost["detection, drawn"] == [21, 6, 0] and lost["pose, drawn"] == [15, 6, 0]
+        assert lost["detection, blood cells"] == [15, 5, 0]
+        assert lost["detection, blood cells, no clip"] == [21, 8, 2]
     """,
     "04_when_it_goes_wrong": """
         assert off.status.divergence and off.metric == 0 and off.steps["nonfinite"].sum() == 0

@@ -71,11 +71,12 @@ def assert_same_training(a: Any, b: Any) -> None:
     ],
 )
 def test_default_is_stock_bit_for_bit(drawn: dict[str, DrawnSet], tmp_path: Path, task: str, optimizer: str) -> None:
-    arguments = drawn[task].arguments(tmp_path, optimizer=optimizer, val=False, epochs=5)
+    epochs = 2 if optimizer == "MuSGD" else 5  # minutes on a CPU without bf16 units
+    arguments = drawn[task].arguments(tmp_path, optimizer=optimizer, val=False, epochs=epochs)
     ours = train(trainer_for(task), arguments | {"name": "ours"})
     stock = train(STOCK[task], arguments | {"name": "stock", "data": str(drawn[task].yolo)})
     assert_same_training(ours, stock)
-    assert len(read_run(tmp_path / "ours").steps) == 20
+    assert len(read_run(tmp_path / "ours").steps) == 4 * epochs
 
 
 def test_accumulation_is_stocks(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
@@ -676,7 +677,7 @@ def test_a_rate_that_loses_stock_is_survived(drawn: dict[str, DrawnSet], tmp_pat
 
 
 def test_a_guard_that_finds_nothing_changes_nothing(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
-    arguments = drawn["detect"].arguments(tmp_path, epochs=12, val=False)
+    arguments = drawn["detect"].arguments(tmp_path, epochs=8, val=False)  # beyond the second snapshot, at step 20
     off = train(
         trainer_for("detect", {"guard": {"nonfinite": "off", "divergence": "off"}}), arguments | {"name": "off"}
     )
@@ -783,7 +784,7 @@ def test_a_batch_without_objects_has_no_matched_loss(drawn: dict[str, DrawnSet],
 # The bound on the update ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", "MuSGD"])
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW", pytest.param("MuSGD", marks=pytest.mark.slow)])
 def test_update_clip_bounds_every_real_step(drawn: dict[str, DrawnSet], tmp_path: Path, optimizer: str) -> None:
     worst: list[float] = []
     bounded: list[float] = []
@@ -984,11 +985,11 @@ def test_signals_leave_a_true_status(drawn: dict[str, DrawnSet], tmp_path: Path,
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180  # of a machine busy with other work
     while not list((tmp_path / "run/gradstab/steps").glob("*.parquet")) and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=180)
     assert process.returncode == 1
     assert stderr.splitlines()[-1] in {"yolo-gradstab: interrupted", "yolo-gradstab: terminated"}
     run = read_run(tmp_path / "run")

@@ -154,10 +154,10 @@ class Entry:
 
 def _planned_config(trial: Trial) -> dict[str, Any]:
     """Of a trial that ended before it had written its own."""
-    words = [word.partition("=") for word in trial.command]
-    ours = {key: yaml.safe_load(text) for key, equals, text in words if equals}
-    file = ours.get("gradstab")
-    ours = {key: value for key, value in ours.items() if key.partition(".")[0] in Config.__struct_fields__}
+    words = {key: text for key, equals, text in (word.partition("=") for word in trial.command) if equals}
+    keys = [key for key in words if key.partition(".")[0] in Config.__struct_fields__]
+    file = words.get("gradstab")
+    ours = {key: yaml.safe_load(words[key]) for key in keys}
     return load_config(read_config_file(file) if file else None, ours).to_dict()
 
 
