@@ -728,7 +728,7 @@ def test_reports_need_neither_torch_nor_ultralytics() -> None:
 
 def an_arm(label: str, *, lost: tuple[float, float], slope: tuple[float, float], best: tuple[float, float]) -> dict:
     return {
-        "label": label, "diverged": 2, "trials": 8, "max_stable_lr": 0.1,
+        "label": label, "diverged": 2, "trials": 8, "num_seeds": 2, "max_stable_lr": 0.1,
         "divergence_rate": {"value": sum(lost) / 2, "low": lost[0], "high": lost[1]},
         "depth_slope": {"start": {"value": sum(slope) / 2, "low": slope[0], "high": slope[1]}},
         "depth_norm": {"start": {"value": 0.125, "low": 0.1, "high": 0.2}},
@@ -750,12 +750,16 @@ def test_an_effect_is_said_only_where_intervals_lie_apart() -> None:
         row["effect"] for row in table.iter_rows(named=True) if row["measure"].startswith(("largest", "gradient"))
     } == {None}
     words = table.filter(pl.col("arm") == "better")["words"].to_list()
+    one = [arm | {"num_seeds": 1} for arm in (first, better)]
+    assert effects(one).filter(pl.col("measure").str.starts_with("best"))["effect"].to_list() == [None, None]
+    assert effects(one)["words"].to_list()[-1] == "0.355"
     assert words == ["−0.02", "0.12", "2 of 8", "0.1", "0.355 (0.310 to 0.400)"]
 
 
 def test_what_was_not_measured_is_not_judged() -> None:
     first = an_arm("as it is", lost=(0.1, 0.4), slope=(-0.3, -0.1), best=(0.2, 0.3))
-    bare = first | {"label": "bare", "depth_slope": {}, "depth_norm": {}, "max_stable_lr": None}
+    bare = {key: value for key, value in first.items() if key != "depth_norm"}  # as older summaries
+    bare |= {"label": "bare", "depth_slope": {}, "max_stable_lr": None}
     bare |= {"best": dict.fromkeys(("lr0", "metric", "low", "high"))}
     rows = effects([first, bare]).filter(pl.col("arm") == "bare")
     assert rows["words"].to_list() == ["not recorded", "not recorded", "2 of 8", "none", "none"]

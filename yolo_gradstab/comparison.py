@@ -801,12 +801,13 @@ def effects(arms: Sequence[Mapping[str, Any]], *, metric: str = "mAP50-95") -> p
     first_slope = _magnitude(first["depth_slope"].get("start", {}))
     for arm in arms:
         slope = arm["depth_slope"].get("start", {})
-        norm = arm["depth_norm"].get("start", {}).get("value")
+        norm = arm.get("depth_norm", {}).get("start", {}).get("value")  # not in summaries of older versions
         share, best, stable = arm["divergence_rate"], arm["best"], arm["max_stable_lr"]
         steepness = "not recorded" if slope.get("value") is None else f"{slope['value']:+.2f}".replace("-", "−")
         quality = "none"
         if best["metric"] is not None:
-            quality = f"{best['metric']:.3f} ({best['low']:.3f} to {best['high']:.3f})"
+            quality = f"{best['metric']:.3f}"
+            quality += f" ({best['low']:.3f} to {best['high']:.3f})" if arm["num_seeds"] > 1 else ""
         words = {
             "slope over depth|at the start": steepness,
             "gradient norm of|a stage there": "not recorded" if norm is None else f"{norm:.2g}",
@@ -819,7 +820,10 @@ def effects(arms: Sequence[Mapping[str, Any]], *, metric: str = "mAP50-95") -> p
             None,
             _effect(first["divergence_rate"], share, higher_is_better=False),
             None,
-            _effect(first["best"], best, higher_is_better=True),
+            # One seed has no range.
+            _effect(first["best"], best, higher_is_better=True)
+            if min(first["num_seeds"], arm["num_seeds"]) > 1
+            else None,
         ]
         for (measure, text), effect in zip(words.items(), judged, strict=True):
             rows.append((arm["label"], measure, text, None if arm is first else effect))
