@@ -27,7 +27,7 @@ from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
 from yolo_gradstab.runs import RunError, RunFolder
 from yolo_gradstab.stats import Estimate
 from yolo_gradstab.sweep import Spec, Trial, plan, read_trial
-from yolo_gradstab.telemetry import QUALITY, Run, read_run
+from yolo_gradstab.telemetry import QUALITY, Run, lasting, read_run
 
 __all__ = [
     "DIVERGED",
@@ -166,7 +166,7 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
     lr0 = trial.lr0 if trial else float(args.get("lr0", HOST_LR0))
     verdict, found, note = _judge(run)
     norms = steps["total_norm"].fill_null(math.nan).to_numpy()
-    made = run.lasting(steps).filter(~pl.col("skipped").fill_null(False))  # and not taken back
+    made = lasting(steps, run.events).filter(~pl.col("skipped").fill_null(False))  # and not taken back
     lr, clip_coef = (made[name].fill_null(math.nan).to_numpy() for name in ("lr", "clip_coef"))
     summary, ratio = stats.norm_summary(norms), stats.loss_ratio(steps["loss"].fill_null(math.nan).to_numpy())
     metric = None if verdict in UNDECIDED else run.metric
@@ -211,28 +211,21 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
         return status.outcome, None, reason or "has not ended: it is running, or was killed"
     map50 = run.map50
     if status.divergence:
-        steps = [
+        at = [
             e.get("step") for e in run.events if e.get("event") == "divergence" and e.get("kind") == status.divergence
         ]
-        step = steps[-1] if steps else None  # those before it were undone
+        step = at[-1] if at else None  # those before it were undone
         found = Divergence(status.divergence, step if isinstance(step, int) else max(0, status.step - 1), reason)
         return status.divergence, found, reason
-    completed = status.outcome == "completed"
-    learned = completed and map50 is not None and map50 >= NO_QUALITY
-    findings = [] if learned else find_divergences(run.lasting(run.steps), run.lasting(run.layers), map50=map50)
-    if learned or (completed and map50 is None and not findings):
-        events = (event for event in run.events if event.get("event") == "divergence")
-        notes = (
-            f"{e.get('kind')} at step {e.get('step')}, {'undone' if e.get('action') == 'rollback' else 'and healed'}"
-            for e in events
-        )
-        return "kept", None, "; ".join(notes)
+    if status.outcome == "completed" and map50 is not None and map50 >= NO_QUALITY:
+        return "kept", None, _survived(run)
     if status.outcome == "stopped":
         return "stopped", None, reason
     gave_up = status.outcome == "failed" and "NaN" in reason  # the host's words
     if status.outcome == "failed" and not gave_up:
         return "failed", None, reason
-    if findings:
+    steps, layers = (lasting(table, run.events) for table in (run.steps, run.layers))
+    if findings := find_divergences(steps, layers, map50=map50):
         found = findings[0]
         words = f"{found.kind} at step {found.step}: {found.reason}"
         return found.kind, found, "; ".join(text for text in (reason, words) if text)
@@ -240,7 +233,16 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
         return "nonfinite", Divergence("nonfinite", max(0, len(run.steps) - 1), reason), reason
     if map50 is not None and map50 < NO_QUALITY:
         return "stalled", None, reason
-    return "kept", None, reason
+    return "kept", None, _survived(run)
+
+
+def _survived(run: Run) -> str:
+    """Divergences that were undone, or healed, in words."""
+    return "; ".join(
+        f"{e.get('kind')} at step {e.get('step')}, {'undone' if e.get('action') == 'rollback' else 'and healed'}"
+        for e in run.events
+        if e.get("event") == "divergence"
+    )
 
 
 def _val_loss(run: Run) -> float | None:

@@ -291,10 +291,6 @@ class Run:
         """What happened beside the ordinary: skips, stops."""
         return self.folder.read_events()
 
-    def lasting(self, table: pl.DataFrame) -> pl.DataFrame:
-        """Steps or layers without those that a rollback took back, which the run did not come from."""
-        return lasting(table, self.events)
-
     def diagnose(self) -> list[Finding]:
         """What went wrong, in words, the root cause first (`yolo_gradstab.diagnosis`)."""
         from yolo_gradstab import diagnosis  # which reads these tables, so it cannot be imported above
@@ -350,7 +346,7 @@ class Run:
 
 
 def lasting(table: pl.DataFrame, events: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
-    """The rows of a table with a column `step` that these events of a run do not say were taken back."""
+    """Steps or layers without those that a rollback took back, by these events: the run did not come from them."""
     for event in events:
         step, to_step = event.get("step"), event.get("to_step")
         if event.get("event") == "rollback" and isinstance(step, int) and isinstance(to_step, int):
