@@ -42,19 +42,29 @@ LIMITS: dict[Trouble, int] = {"nonfinite": 0, "blowup": 10, "collapse": 20}  # s
 
 
 class Notice(msgspec.Struct, kw_only=True, frozen=True):
-    """How soon a trouble was noticed; `after` is None where it never was, and may be negative where it was foreseen."""
+    """Steps from the beginning of a trouble until it was noticed; None where it never was, negative where foreseen.
+
+    By either sign that sends a run back: an early warning (`warned`), or the judgement that it has diverged (`lost`).
+    """
 
     trouble: Trouble
     began: int
-    after: int | None
+    lost: int | None
+    warned: int | None = None
 
     @property
     def in_time(self) -> bool:
-        return self.after is not None and self.after <= LIMITS[self.trouble]
+        return any(after is not None and after <= LIMITS[self.trouble] for after in (self.lost, self.warned))
+
+    @property
+    def lost_in_time(self) -> bool:
+        """Whether it would have been without the early warnings, which `guard.divergence=stop` does not act on."""
+        return self.lost is not None and self.lost <= LIMITS[self.trouble]
 
     def __str__(self) -> str:
-        after = "never" if self.after is None else f"{self.after:+d}"
-        return f"{self.trouble} {after} (limit {LIMITS[self.trouble]}){'' if self.in_time else ' LATE'}"
+        after = "never" if self.lost is None else f"{self.lost:+d}"
+        warned = "" if self.warned is None else f", warned {self.warned:+d}"
+        return f"{self.trouble} {after}{warned} (limit {LIMITS[self.trouble]}){'' if self.in_time else ' LATE'}"
 
 
 class Result(msgspec.Struct, kw_only=True):
@@ -96,19 +106,28 @@ def judge(case: Case, folder: Path, outcome: Outcome) -> Result:
 def _notice(case: Case, run: Run, outcome: Outcome) -> Notice | None:
     """When it was noticed, by the events; when it began, by the fault or, for a rate, by the loss."""
     lost = [(e["step"], e["kind"]) for e in run.events if e["event"] == "divergence"]
+    warned = [e["step"] for e in run.events if e["event"] == "warning"]
     if case.trouble is None:
         # A rate has no moment at which it is injected. Where the loss never left, the guard was there before it.
         if "lr_too_high" not in case.kinds or not lost:
             return None
         step, trouble = lost[0]
         began = onset(run.steps.filter(pl.col("step") <= step), trouble)
-        return None if began is None else Notice(trouble=trouble, began=began, after=step - began)
+        if began is None:
+            return None
+        foreseen = min((at - began for at in warned), default=None)
+        return Notice(trouble=trouble, began=began, lost=step - began, warned=foreseen)
     if outcome.acted is None:
-        return Notice(trouble=case.trouble, began=0, after=None)
+        return Notice(trouble=case.trouble, began=0, lost=None)
     bad = [e for e in run.events if e["event"] in {"skip", "nonfinite"} and e["reason"] != "scaler_overflow"]
     seen = [step for step, _ in lost] + ([e["step"] for e in bad] if case.trouble == "nonfinite" else [])
-    seen = [step - outcome.acted for step in seen if step >= outcome.acted]
-    return Notice(trouble=case.trouble, began=outcome.acted, after=min(seen, default=None))
+    acted = outcome.acted
+    return Notice(
+        trouble=case.trouble,
+        began=acted,
+        lost=min((step - acted for step in seen if step >= acted), default=None),
+        warned=min((step - acted for step in warned if step >= acted), default=None),
+    )
 
 
 def onset(steps: pl.DataFrame, trouble: Trouble) -> int | None:
@@ -199,7 +218,8 @@ def _notices(results: Sequence[Result]) -> str:
     for trouble, limit in LIMITS.items():
         mine = [notice for notice in notices if notice.trouble == trouble]
         parts.append(f"{trouble} {sum(notice.in_time for notice in mine)}/{len(mine)} within {limit} steps")
-    return "noticed in time: " + ", ".join(parts)
+    alone = sum(notice.in_time and not notice.lost_in_time for notice in notices)
+    return f"noticed in time: {', '.join(parts)}; {alone} of them by an early warning alone"
 
 
 def main(argv: Sequence[str]) -> int:

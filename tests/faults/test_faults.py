@@ -70,12 +70,16 @@ def test_the_last_line_and_the_exit_status() -> None:
 
 
 def test_a_trouble_is_noticed_in_time_or_not() -> None:
-    late = Notice(trouble="blowup", began=20, after=11)
+    late = Notice(trouble="blowup", began=20, lost=11)
     assert (late.in_time, str(late)) == (False, "blowup +11 (limit 10) LATE")
-    assert Notice(trouble="blowup", began=20, after=10).in_time
-    assert not Notice(trouble="nonfinite", began=20, after=1).in_time
-    assert Notice(trouble="collapse", began=20, after=-3).in_time  # foreseen
-    assert not Notice(trouble="collapse", began=20, after=None).in_time
+    assert Notice(trouble="blowup", began=20, lost=10).in_time
+    assert not Notice(trouble="nonfinite", began=20, lost=1).in_time
+    assert Notice(trouble="collapse", began=20, lost=-3).in_time  # foreseen
+    assert not Notice(trouble="collapse", began=20, lost=None).in_time
+    warned = Notice(trouble="blowup", began=20, lost=18, warned=-2)
+    assert (warned.in_time, warned.lost_in_time) == (True, False)
+    assert str(warned) == "blowup +18, warned -2 (limit 10)"
+    assert not Notice(trouble="blowup", began=20, lost=18, warned=11).in_time
 
 
 def test_where_a_loss_leaves_is_read_from_the_loss_alone() -> None:
