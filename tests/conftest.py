@@ -1,17 +1,21 @@
 """Small real data and models for the tests that train; nothing here downloads."""
 
+import atexit
+import gc
 import os
+import shutil
 import signal
-
-# Before the host is imported: it reads these once.
-os.environ["YOLO_OFFLINE"] = "true"
-os.environ["YOLO_AUTOINSTALL"] = "false"
-
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+# Before the host is imported: it reads these once. The settings are nobody's own, here and in the processes of a test.
+SETTINGS = tempfile.mkdtemp(prefix="gradstab-settings-")
+atexit.register(shutil.rmtree, SETTINGS, ignore_errors=True)
+os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_CONFIG_DIR": SETTINGS}
 
 # A shell starts what runs in its background with SIGINT ignored, and every process of a test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -24,14 +28,14 @@ MODELS = ROOT / "configs" / "models"
 class DrawnSet:
     """A drawn set in COCO form, and the same labels in YOLO form for the stock trainer."""
 
-    def __init__(self, folder: Path, task: str, *, images: int = 24, size: int = 64) -> None:
+    def __init__(self, folder: Path, task: str, *, images: int = 24, size: int = 64, model: Path | None = None) -> None:
         from yolo_gradstab.coco.sample import draw_sample, label_sample
 
         self.task = task
         drawn_as = "pose" if task == "pose" else "detect"  # whose objects have outlines too
         self.coco = draw_sample(folder, task=drawn_as, images=images, size=size)
         self.yolo = label_sample(self.coco, task=task)
-        self.model = MODELS / ("yolo26-tiny-pose.yaml" if task == "pose" else "yolo26-tiny.yaml")
+        self.model = model or MODELS / ("yolo26-tiny-pose.yaml" if task == "pose" else "yolo26-tiny.yaml")
 
     def arguments(self, folder: Path, **more: Any) -> dict[str, Any]:
         """Arguments of a run of seconds: 16 images, 4 batches an epoch."""
@@ -70,8 +74,9 @@ def train(cls: type, arguments: dict[str, Any], **callbacks: Callable[[Any], Non
 
 @pytest.fixture(scope="session")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DrawnSet]:
-    """The drawn sets by task."""
-    return {task: DrawnSet(tmp_path_factory.mktemp(task), task) for task in ("detect", "pose")}
+    """The drawn sets by task, with models whose checkpoints are soon written."""
+    models = {task: ROOT / "tests" / "models" / f"toy-{task}.yaml" for task in ("detect", "pose")}
+    return {task: DrawnSet(tmp_path_factory.mktemp(task), task, model=model) for task, model in models.items()}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,3 +85,26 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tuner() -> None:
+    """Where Ray is installed the host imports it before it trains, which takes seconds of each process."""
+    from ultralytics import settings
+
+    settings.update(raytune=False)
+
+
+@pytest.fixture(scope="session")
+def thawed() -> Iterator[None]:
+    yield
+    gc.unfreeze()  # or what is never freed is taken for a leak at the end
+
+
+@pytest.fixture(autouse=True)
+def frozen(thawed: None) -> Iterator[None]:
+    """Every training collects garbage five times: half a second each, but for what the imports left being put aside."""
+    yield
+    if len(gc.get_objects()) > 100_000:
+        gc.collect()
+        gc.freeze()

@@ -21,7 +21,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from conftest import DrawnSet, InterruptionError, train
+from conftest import MODELS, DrawnSet, InterruptionError, train
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
@@ -315,7 +315,8 @@ def test_a_bad_image_does_not_poison_batchnorm(drawn: dict[str, DrawnSet], tmp_p
     assert run.steps["skipped"].to_list() == [step == 2 for step in range(8)]
     assert run.steps["loss"][3:].is_finite().all()
     assert [event["event"] for event in run.events] == ["skip", "incident", "buffers_restored"]
-    assert run.events[2]["num_buffers"] > 100
+    statistics = [name for name in trainer.model.state_dict() if name.endswith(("running_mean", "running_var"))]
+    assert run.events[2]["num_buffers"] == len(statistics)
 
 
 def test_the_first_batch_of_a_trouble_is_kept_and_replays(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
@@ -427,7 +428,9 @@ def test_guard_stop_is_not_undone_by_the_host(drawn: dict[str, DrawnSet], tmp_pa
 
 
 # Of five seeds detection collapses with all, at steps 33 to 59; at the host's momentum it depends on the processor.
+# The model is deeper than that of the other tests, which does not collapse so surely.
 LOST = {"epochs": 20, "lr0": 1.0, "momentum": 0.98, "warmup_epochs": 1, "val": False}
+TINY = {"detect": str(MODELS / "yolo26-tiny.yaml"), "pose": str(MODELS / "yolo26-tiny-pose.yaml")}
 
 
 @pytest.mark.parametrize(
@@ -439,7 +442,7 @@ def test_a_run_that_diverges_for_real_is_stopped_there(
 ) -> None:
     """A rate far too high; the tiny model needs no injected fault."""
     cls = trainer_for(task, {"clip": clip, "guard.divergence": "stop"})
-    trainer = train(cls, drawn[task].arguments(tmp_path, name="run", **LOST))
+    trainer = train(cls, drawn[task].arguments(tmp_path, name="run", model=TINY[task], **LOST))
     run = read_run(tmp_path / "run")
     (event,) = [event for event in run.events if event["event"] == "divergence"]
     said = (run.status.outcome, run.status.divergence, event["kind"], event["action"])
@@ -459,7 +462,7 @@ def test_a_divergence_is_noticed_where_nothing_stops_it(drawn: dict[str, DrawnSe
     """As in stock, the run goes to its end: finite, quiet, and at mAP 0."""
     train(
         trainer_for("detect", {"guard.divergence": "off"}),
-        drawn["detect"].arguments(tmp_path, name="run", **LOST),
+        drawn["detect"].arguments(tmp_path, name="run", model=TINY["detect"], **LOST),
     )
     run = read_run(tmp_path / "run")
     assert (run.status.outcome, run.status.divergence) == ("diverged", "collapse")
@@ -568,7 +571,7 @@ def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
 def test_weights_off_the_usual_scale_and_tensors_without_gradient_are_said(
     drawn: dict[str, DrawnSet], tmp_path: Path
 ) -> None:
-    dead = "model.2.cv1.conv.weight"
+    dead = "model.3.cv1.conv.weight"
     scales: list[float] = []  # of the first weight: 3 channels of 3 x 3
 
     class Odd(trainer_for("detect", {"guard.divergence": "off"})):  # type: ignore[misc]
@@ -577,7 +580,7 @@ def test_weights_off_the_usual_scale_and_tensors_without_gradient_are_said(
             with torch.no_grad():
                 model.model[0].conv.weight.mul_(300)
                 model.model[1].conv.weight.mul_(0.03)  # not orders of magnitude
-                model.model[2].m[0].cv2.conv.weight.zero_()  # on purpose, as zero-initialised residuals are
+                model.model[3].m[0].cv2.conv.weight.zero_()  # on purpose, as zero-initialised residuals are
             scales.append(model.model[0].conv.weight.detach().square().mean().sqrt().item() * math.sqrt(3 * 3 * 3 * 3))
             return model
 

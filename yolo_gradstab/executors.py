@@ -222,6 +222,9 @@ def devices(slot: int, gpus: list[str]) -> dict[str, str]:
 
 
 def _visible_gpus() -> list[str]:
+    # To import torch takes seconds, for nothing where Linux shows no driver: NVIDIA's, AMD's, or that of Windows below it.
+    if sys.platform == "linux" and not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))):
+        return []
     try:
         import torch
     except ImportError:
