@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from yolo_gradstab.diagnosis import Finding, Measured
+from yolo_gradstab.runs import one_line
 
 __all__ = ["AuditError", "audit_checkpoint", "read_tensors"]
 
@@ -155,8 +156,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     except zipfile.BadZipFile:
         raise AuditError(f"{path}: is not a checkpoint as torch.save writes it; give a .pt file of a run") from None
     except Exception as error:  # whatever a damaged or hostile pickle makes the unpickler raise
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise AuditError(f"{path}: is damaged, or no checkpoint ({reason})") from None
+        raise AuditError(f"{path}: is damaged, or no checkpoint ({one_line(error)})") from None
     models = [content.get(name) for name in MODELS] if isinstance(content, dict) else []
     model = next((model for model in models if model is not None), content)
     tensors = dict(_named(model))

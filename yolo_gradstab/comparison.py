@@ -24,7 +24,7 @@ from yolo_gradstab.diagnosis.case import stage_of
 from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
 from yolo_gradstab.diagnosis.layers import backbone
 from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
-from yolo_gradstab.runs import RunError, RunFolder
+from yolo_gradstab.runs import RunError, RunFolder, one_line
 from yolo_gradstab.stats import Estimate
 from yolo_gradstab.sweep import Spec, Trial, plan, read_trial
 from yolo_gradstab.telemetry import QUALITY, Run, lasting, read_run
@@ -897,7 +897,7 @@ def _read_sweep(path: Path, not_shown: list[NotShown]) -> list[Entry]:
         spec = msgspec.yaml.decode((path / "sweep.yaml").read_bytes(), type=Spec)
         planned = [trial.id for trial in plan(spec, path)]
     except (OSError, msgspec.MsgspecError) as error:
-        reason = "missing" if isinstance(error, OSError) else " ".join(str(error).split())
+        reason = "missing" if isinstance(error, OSError) else one_line(error)
         not_shown.append(NotShown(str(path / "sweep.yaml"), f"{reason}, so trials not started are not known"))
     names = {folder.name for folder in folders}
     if waiting := [trial for trial in planned if trial not in names]:
@@ -911,7 +911,7 @@ def _read_all(folders: Iterable[Path], not_shown: list[NotShown]) -> list[Entry]
     damaged = (RunError, pl.exceptions.PolarsError, OSError, ValueError, TypeError, LookupError, AttributeError)
 
     def name(folder: Path, what: str, error: Exception) -> None:
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error)
         not_shown.append(NotShown(str(folder), f"{what}: {text.removeprefix(f'{folder}: ')}"))
 
     entries = []

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import msgspec
 import polars as pl
 
-from yolo_gradstab.runs import DivergenceKind, Outcome, RunError, RunFolder, Status, locked, terminable
+from yolo_gradstab.runs import DivergenceKind, Outcome, RunError, RunFolder, Status, locked, one_line, terminable
 from yolo_gradstab.telemetry import read_run
 from yolo_gradstab.trial import (
     ENDED,
@@ -222,7 +222,7 @@ def devices(slot: int, gpus: list[str]) -> dict[str, str]:
 
 
 def _visible_gpus() -> list[str]:
-    # To import torch takes seconds, for nothing where Linux shows no driver: NVIDIA's, AMD's, or that of Windows below it.
+    # To import torch takes seconds, in vain where Linux has no driver: NVIDIA's, AMD's, or that of Windows below it.
     if sys.platform == "linux" and not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))):
         return []
     try:
@@ -330,7 +330,7 @@ def _result(ray: Any, reference: Any, trial: Trial, folder: Path) -> float:
             raise SweepError(str(error.cause)) from None
         reason = f"{type(error.cause).__name__}: {error.cause}"
     except ray.exceptions.RayError as error:
-        reason = f"lost with its machine, {RAY_RETRIES + 1} times: {' '.join(str(error).split())[:200]}"
+        reason = f"lost with its machine, {RAY_RETRIES + 1} times: {one_line(error)}"
     run = RunFolder(folder / "trials" / trial.id)
     run.create({})
     run.write_status(Status(outcome="failed", reason=reason))

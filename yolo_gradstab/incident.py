@@ -30,7 +30,7 @@ import numpy.typing as npt
 
 from yolo_gradstab.config import Mitigations
 from yolo_gradstab.localisation import FirstBad, localise_worst, unwrapped
-from yolo_gradstab.runs import replacing, versions
+from yolo_gradstab.runs import one_line, replacing, versions
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,6 @@ __all__ = [
     "image_notes",
     "images_of",
     "labels_are_sound",
-    "one_line",
     "read_incident",
     "read_json",
     "sha256_of",
@@ -70,7 +69,6 @@ MAX_JSON_BYTES = 16 * 2**20
 NUM_TENSORS = 20  # gradients named in an incident
 NUM_PROBLEMS = 8  # named per image
 NOT_LOCALISED = "not localised"  # in a note: the rerun itself failed
-MAX_LINE = 200  # characters of another's error
 
 PIXEL_MARGIN = 1e-3  # beyond 0..1 by which a pixel may be off
 BOX_MARGIN = 1e-3  # of the image's side, by which a box may be larger
@@ -690,9 +688,3 @@ def _write(tile: _Image, text: str, at: tuple[int, int], colour: tuple[int, int,
     (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, FONT_SCALE, 1)
     cv2.rectangle(tile, (at[0] - 2, at[1] - height - 2), (at[0] + width + 2, at[1] + 3), BLACK, -1)
     cv2.putText(tile, text, at, cv2.FONT_HERSHEY_SIMPLEX, FONT_SCALE, colour, 1, cv2.LINE_AA)
-
-
-def one_line(error: Exception) -> str:
-    """An error in one line of bounded length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]}..."

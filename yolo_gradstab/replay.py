@@ -32,13 +32,13 @@ from yolo_gradstab.incident import (
     IncidentError,
     ModelSpec,
     images_of,
-    one_line,
     read_incident,
     read_json,
     sha256_of,
     to_array,
 )
 from yolo_gradstab.localisation import FirstBad, localise, seeded, tensors_in
+from yolo_gradstab.runs import one_line
 
 __all__ = ["replay"]
 

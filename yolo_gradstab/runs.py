@@ -27,16 +27,25 @@ except ImportError:  # Windows
     fcntl = None
 
 __all__ = [
-    "DivergenceKind", "Outcome", "RunError", "RunFolder", "Status", "locked", "replacing", "terminable",
-    "uninterrupted", "versions",
+    "DivergenceKind", "Outcome", "RunError", "RunFolder", "Status", "locked", "one_line", "read_mapping", "replacing",
+    "terminable", "uninterrupted", "versions",
 ]  # fmt: skip
 
 Outcome = Literal["running", "completed", "diverged", "stopped", "failed", "interrupted"]
 DivergenceKind = Literal["nonfinite", "blowup", "collapse"]
 
 
+MAX_LINE = 400  # characters of another's error: a path and a sentence
+
+
 class RunError(ValueError):
     """A folder that is not a readable run; the message is one line and names it."""
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line of bounded length; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]}..."
 
 
 class Status(msgspec.Struct, kw_only=True):
@@ -345,7 +354,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise RunError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RunError(f"{path}: must hold keys and values, got {type(content).__name__}")
     return content

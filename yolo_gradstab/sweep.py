@@ -34,7 +34,7 @@ from yolo_gradstab.config import (
     read_config_file,
 )
 from yolo_gradstab.executors import TrialState, run_trials
-from yolo_gradstab.runs import replacing
+from yolo_gradstab.runs import one_line, replacing
 from yolo_gradstab.trial import SweepError, Trial, flow, read_trial
 
 __all__ = [
@@ -138,7 +138,7 @@ def _content(source: str | Path | Mapping[str, Any] | Spec) -> tuple[str, dict[s
     except OSError as error:
         raise SweepError(f"{source}: cannot be read ({error.strerror}); give the path of a sweep's YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SweepError(f"{source}: is not valid YAML ({' '.join(str(error).split())})") from None
+        raise SweepError(f"{source}: is not valid YAML ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise SweepError(f"{source}: must hold the keys {', '.join(_ALLOWED)}, got {type(content).__name__}")
     return str(source), {"name": source.stem, **content}

@@ -39,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import polars as pl
 
-from yolo_gradstab.runs import RunError, RunFolder, Status, read_mapping, replacing
+from yolo_gradstab.runs import RunError, RunFolder, Status, one_line, read_mapping, replacing
 
 if TYPE_CHECKING:
     from yolo_gradstab.diagnosis import Finding
@@ -225,7 +225,7 @@ def _read_part(path: Path) -> pl.DataFrame:
     try:
         return pl.read_parquet(path)
     except pl.exceptions.PolarsError as error:
-        raise RunError(f"{path}: {' '.join(str(error).split())}") from None
+        raise RunError(f"{path}: {one_line(error)}") from None
 
 
 def _part_paths(folder: Path) -> list[Path]:

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from yolo_gradstab.incident import one_line
+from yolo_gradstab.runs import one_line
 
 __all__ = ["COLUMNS", "Trackers"]
 

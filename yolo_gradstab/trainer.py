@@ -72,7 +72,7 @@ from yolo_gradstab.guard import (
     matched_loss,
 )
 from yolo_gradstab.host import warning as host_warning
-from yolo_gradstab.incident import capture, labels_are_sound, one_line
+from yolo_gradstab.incident import capture, labels_are_sound
 from yolo_gradstab.localisation import HUGE_PIXEL
 from yolo_gradstab.mitigations import apply_mitigations_, structure_of
 from yolo_gradstab.norms import (
@@ -84,7 +84,7 @@ from yolo_gradstab.norms import (
     gradient_norms,
     tensor_norms,
 )
-from yolo_gradstab.runs import RunFolder, Status, replacing, terminable, uninterrupted, versions
+from yolo_gradstab.runs import RunFolder, Status, one_line, replacing, terminable, uninterrupted, versions
 from yolo_gradstab.snapshot import Snapshot, Snapshots
 from yolo_gradstab.telemetry import LAYER_SCHEMA, MAP50, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord, read_run
 from yolo_gradstab.trackers import Trackers

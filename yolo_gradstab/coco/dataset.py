@@ -30,6 +30,7 @@ from yolo_gradstab.coco.images import (
 )
 from yolo_gradstab.coco.keypoints import keypoint_layout
 from yolo_gradstab.coco.labels import ImageLabels, check_task, class_names, make_labels
+from yolo_gradstab.runs import one_line
 
 __all__ = ["CocoDataset", "CocoRTDETRDataset", "build_coco_dataset", "read_data_yaml", "resolved_yaml"]
 
@@ -280,7 +281,7 @@ def _load_yaml(file: Path) -> dict[str, Any] | None:
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CocoError(f"{file}: is not YAML: {' '.join(str(error).split())}") from None
+        raise CocoError(f"{file}: is not YAML: {one_line(error)}") from None
     if isinstance(raw, dict) and "val" not in raw and "validation" in raw:
         raw["val"] = raw.pop("validation")  # the host takes this name too
     return raw if isinstance(raw, dict) else None
