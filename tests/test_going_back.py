@@ -150,7 +150,7 @@ def test_an_fp16_scaler_that_looks_for_its_scale_is_no_divergence(drawn: dict[st
     assert ours.scaler.state_dict() == stock.scaler.state_dict()
     run = read_run(tmp_path / "ours")
     overflowed = [event["step"] for event in run.events]
-    assert overflowed[:3] == [0, 1, 2] and len(overflowed) < 16
+    assert overflowed[:2] == [0, 1] and len(overflowed) < 16
     assert {(event["event"], event["reason"]) for event in run.events} == {("nonfinite", "scaler_overflow")}
     assert run.steps.filter(pl.col("skipped"))["step"].to_list() == overflowed
     assert run.status.outcome == "completed"
