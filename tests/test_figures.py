@@ -160,6 +160,15 @@ def test_depth_has_a_panel_per_moment_and_a_line_per_arm_and_says_what_has_no_pl
     assert figures.save(chart, tmp_path / "x.svg").read_text().startswith("<svg")
 
 
+@pytest.mark.parametrize(("label", "columns"), [("norm 10", 3), ("norm 10, residual off, seed 1", 2), ("x" * 60, 1)])
+def test_a_legend_has_as_many_columns_as_its_names_allow(label: str, columns: int) -> None:
+    """Of 760 px in all, at 7 px a letter; Vega itself would let long ones run into each other."""
+    rows = [{"arm": f"{label}{a}", "moment": "start", "stage": 0, "norm": 1.0} for a in range(4)]
+    legend = figures.depth_profile(pl.DataFrame(rows)).to_dict()["spec"]["layer"][0]["encoding"]["color"]["legend"]
+    assert legend["columns"] == columns
+    assert legend["columns"] * len(f"{label}0") * 7 < 760
+
+
 def test_what_theory_expects_over_depth_is_dashed_and_what_is_measured_are_points() -> None:
     rows = [
         {"arm": arm, "moment": "start", "stage": stage, "norm": 1.1**stage, "theory": theory and theory**stage}

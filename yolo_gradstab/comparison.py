@@ -123,7 +123,7 @@ class Entry:
     def depth_profile(self) -> pl.DataFrame:
         """Gradient norm of each stage of the backbone at `MOMENTS`: `moment`, `stage`, `norm`.
 
-        A run that diverged has no end: what it came to says nothing about depth.
+        A run that diverged has no end: what it came to says nothing about depth. Nor has one of a single record.
         """
         stage_by_name = {name: stage_of(name) for name in self.layers["layer"].unique().to_list()}
         stages = backbone(set(stage_by_name.values()))
@@ -136,7 +136,7 @@ class Entry:
         if len(warm):
             chosen["after warm-up"] = recorded.filter(recorded >= warm.to_list()[0]).head(MOMENT_RECORDS)
         if not self.diverged:
-            chosen["end"] = recorded.tail(MOMENT_RECORDS)
+            chosen["end"] = recorded.filter(recorded > 0).tail(MOMENT_RECORDS)
         norms = [
             table.filter(pl.col("step").is_in(steps.to_list()))
             .group_by("stage")

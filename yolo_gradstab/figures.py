@@ -53,6 +53,9 @@ MOST_ARMS = 7  # lines that can be told apart
 
 WIDTH_PX = 620  # of the plot against learning rate; labels stand to its right
 COLUMNS_PX = 760  # of all columns of the trajectories
+LABEL_SIZE = 12.5  # of legends and of the heads of columns
+LABEL_PX = 7  # of a letter of that size, about
+SYMBOL_PX = 20  # of a legend, beside its label
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
 INK, QUIET, GRID, LOST = "#1f2328", "#59636e", "#e6e8eb", "#b3261e"
 
@@ -327,17 +330,37 @@ def _clip_share(steps: pl.DataFrame) -> pl.DataFrame:
     return steps.select("trial", "arm", "lr0", "step", value=share)
 
 
+def _legend(arms: list[str]) -> alt.Legend:
+    """Of arms by colour, in as many columns as their names allow."""
+    longest = max(map(len, arms), default=1) * LABEL_PX
+    # Vega measures text without a font: what it is short of, a fifth, is left between the columns.
+    padding = 10 + longest // 5
+    columns = max(1, min(3, COLUMNS_PX // (longest + padding + SYMBOL_PX)))
+    return alt.Legend(
+        title=None,
+        orient="top",
+        symbolStrokeWidth=3,
+        symbolOpacity=1,
+        labelLimit=0,
+        labelFontSize=LABEL_SIZE,
+        columns=columns,
+        columnPadding=padding,
+    )
+
+
 def _panel(
     table: pl.DataFrame, y: alt.Y, arms: list[str], rates: list[float], *, is_first: bool, is_last: bool
 ) -> alt.FacetChart:
-    legend = alt.Legend(
-        title=None, orient="top", symbolStrokeWidth=3, symbolOpacity=1, labelLimit=0, columns=3, labelFontSize=12.5
-    )
+    legend = _legend(arms)
     scale = alt.Scale(domain=arms, range=_cycled(COLORS, len(arms)))
     color = alt.Color("arm:N", scale=scale, legend=legend if is_first and len(arms) > 1 else None)
     axis = alt.Axis(tickCount=4, format="~s", title="optimizer step" if is_last else None, labels=is_last)
     header = alt.Header(
-        title=None, labels=is_first, labelExpr="'lr0 ' + (" + _PLAIN + ")", labelFontSize=12.5, labelFontWeight="bold"
+        title=None,
+        labels=is_first,
+        labelExpr="'lr0 ' + (" + _PLAIN + ")",
+        labelFontSize=LABEL_SIZE,
+        labelFontWeight="bold",
     )
     width = (COLUMNS_PX - 14 * (len(rates) - 1)) / len(rates)
     base = alt.Chart().encode(x=alt.X("step:Q", axis=axis), y=y)
@@ -574,7 +597,7 @@ def depth_profile(norms: pl.DataFrame, *, depth: str = "stage of the backbone") 
     if "theory" in shown.columns:
         note.append("Points: measured. Dashed: what theory expects.")
     arms = arms[:MOST_ARMS]
-    legend = alt.Legend(title=None, orient="top", symbolStrokeWidth=3, labelLimit=0, columns=3, labelFontSize=12.5)
+    legend = _legend(arms)
     width = (COLUMNS_PX - 14 * (len(moments) - 1)) / max(1, len(moments))
     y_axis = alt.Axis(labelExpr=_PLAIN, values=[10.0**power for power in _powers(shown["norm"])])
     base = alt.Chart().encode(
@@ -589,7 +612,7 @@ def depth_profile(norms: pl.DataFrame, *, depth: str = "stage of the backbone") 
     else:
         layers = [base.mark_line(strokeWidth=2, point=alt.OverlayMarkDef(size=26))]
     lines = alt.layer(*layers, data=_values(shown)).properties(width=width, height=240)
-    header = alt.Header(title=None, labelFontSize=12.5, labelFontWeight="bold")
+    header = alt.Header(title=None, labelFontSize=LABEL_SIZE, labelFontWeight="bold")
     column = alt.Column("moment:N", header=header, sort=moments)
     heading = alt.Title("Gradient norm over depth", subtitle=note)
     styled: alt.FacetChart = _styled(lines.facet(column=column, spacing=14).properties(title=heading))
