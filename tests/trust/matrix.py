@@ -50,18 +50,20 @@ def pinned(*, ultralytics: str, torch: str) -> str:
 
 
 def environment(folder: Path, *, ultralytics: str, torch: str) -> Path:
-    """The Python of an environment with these versions, made if it is not there."""
+    """The Python of an environment with these versions, made where it is missing or out of date."""
     venv = folder / f"ultralytics-{ultralytics}-torch-{torch}"
     python = venv / "bin" / "python"
-    if not (venv / "ready").exists():
+    ready = venv / "ready"
+    if not ready.exists() or ready.stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
         venv.mkdir(parents=True, exist_ok=True)
         (venv / "constraints.txt").write_text(pinned(ultralytics=ultralytics, torch=torch))
-        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        if not python.exists():
+            subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         uv = Path(sys.executable).with_name("uv")
         install = [uv, "pip", "install", "--python", python] if uv.exists() else [python, "-m", "pip", "install"]
         wanted = ["--quiet", "-c", venv / "constraints.txt", "-e", f"{ROOT}[dev]"]
         subprocess.run([*map(str, install), *map(str, wanted)], check=True)
-        (venv / "ready").touch()
+        ready.touch()
     return python
 
 
