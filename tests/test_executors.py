@@ -11,13 +11,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import polars as pl
 import pytest
 
-from yolo_gradstab.executors import TrialState, devices, run_trials
+from yolo_gradstab.executors import TrialState, _visible_gpus, devices, run_trials
 from yolo_gradstab.report import build_report
 from yolo_gradstab.runs import RunFolder
 from yolo_gradstab.telemetry import read_run
@@ -182,6 +183,24 @@ def test_several_trials_run_at_once_and_share_threads_and_gpus(tmp_path: Path, m
     shutil.rmtree(tmp_path / "trials")
     run_trials(trials[:1], tmp_path, silent, jobs=2, own_device=True)
     assert (tmp_path / "trials" / f"{trials[0].id}.log").read_text().startswith("threads 1 gpus None")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch is asked in any case")
+def test_torch_is_asked_for_gpus_only_where_there_is_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As importing it takes seconds; and of the devices that are given those are taken that it sees."""
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 2)))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    drivers: set[str] = set()
+    monkeypatch.setattr(os.path, "exists", drivers.__contains__)
+    assert _visible_gpus() == []
+    for driver in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"):
+        drivers.clear()
+        drivers.add(driver)
+        assert _visible_gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5,7")
+    assert _visible_gpus() == ["3", "5"]
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert _visible_gpus() == []
 
 
 def test_gpus_are_dealt_out_in_turn() -> None:
