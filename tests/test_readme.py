@@ -33,7 +33,7 @@ SMALL = "epochs=1 imgsz=64"
 EXTRA = {
     "pose train": SMALL,
     "resume=": "",
-    "lr-range": f"data=datasets/sample_detect/data.yaml imgsz=64 batch=8 steps=20 {SMALL}",
+    "lr-range": "data=datasets/sample_detect/data.yaml imgsz=64 batch=8 steps=20",
     "sweep": "grid.lr0=[0.01] seeds=[0] train.epochs=1 train.imgsz=64",
     "data check": "coco=datasets/sample_detect/annotations/instances_val.json images=datasets/sample_detect/images/val",
     "data convert": (
