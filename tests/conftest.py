@@ -23,6 +23,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = ROOT / "configs" / "models"
+TINY = {"detect": MODELS / "yolo26-tiny.yaml", "pose": MODELS / "yolo26-tiny-pose.yaml"}
 
 
 class DrawnSet:
@@ -35,7 +36,7 @@ class DrawnSet:
         drawn_as = "pose" if task == "pose" else "detect"  # whose objects have outlines too
         self.coco = draw_sample(folder, task=drawn_as, images=images, size=size)
         self.yolo = label_sample(self.coco, task=task)
-        self.model = model or MODELS / ("yolo26-tiny-pose.yaml" if task == "pose" else "yolo26-tiny.yaml")
+        self.model = model or TINY["pose" if task == "pose" else "detect"]
 
     def arguments(self, folder: Path, **more: Any) -> dict[str, Any]:
         """Arguments of a run of seconds: 16 images, 4 batches an epoch."""
@@ -95,14 +96,13 @@ def no_tuner() -> None:
     settings.update(raytune=False)
 
 
-@pytest.fixture(scope="session")
-def thawed() -> Iterator[None]:
-    yield
-    gc.unfreeze()  # or what is never freed is taken for a leak at the end
+def pytest_sessionfinish() -> None:
+    """What is frozen would never be freed, which extensions take for a leak."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
-def frozen(thawed: None) -> Iterator[None]:
+def frozen() -> Iterator[None]:
     """Every training collects garbage five times: half a second each, but for what the imports left being put aside."""
     yield
     if len(gc.get_objects()) > 100_000:

@@ -15,7 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
-from conftest import DrawnSet
+from conftest import TINY, DrawnSet
 from test_trainer import (
     BadImage,
     InterruptionError,
@@ -141,7 +141,8 @@ def test_in_the_first_warm_up_and_not_against_the_hosts_own_recovery(
 
 def test_an_fp16_scaler_that_looks_for_its_scale_is_no_divergence(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     """Nor where `guard.nonfinite` is off: the scaler itself leaves those steps out, as in stock."""
-    arguments = drawn["detect"].arguments(tmp_path, val=False, epochs=4)
+    # The loss of the set's own model overflows one step less at this scale.
+    arguments = drawn["detect"].arguments(tmp_path, val=False, epochs=4, model=str(TINY["detect"]))
     start = scaling(2.0**125)  # at which the loss itself overflows
     ours = train(trainer_for("detect", {"guard.nonfinite": "off"}), arguments | {"name": "ours"}, on_train_start=start)
     yolo = {"name": "stock", "data": str(drawn["detect"].yolo)}
@@ -150,7 +151,7 @@ def test_an_fp16_scaler_that_looks_for_its_scale_is_no_divergence(drawn: dict[st
     assert ours.scaler.state_dict() == stock.scaler.state_dict()
     run = read_run(tmp_path / "ours")
     overflowed = [event["step"] for event in run.events]
-    assert overflowed[:2] == [0, 1] and len(overflowed) < 16
+    assert overflowed[:3] == [0, 1, 2] and len(overflowed) < 16
     assert {(event["event"], event["reason"]) for event in run.events} == {("nonfinite", "scaler_overflow")}
     assert run.steps.filter(pl.col("skipped"))["step"].to_list() == overflowed
     assert run.status.outcome == "completed"

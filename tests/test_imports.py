@@ -37,9 +37,10 @@ def test_the_numerics_load_torch_alone() -> None:
     assert loaded(NUMERICS) == {key: ["torch"] for key in NUMERICS}
 
 
-def test_the_trainer_loads_both() -> None:
+@pytest.mark.parametrize("module", ["yolo_gradstab.trainer", "yolo_gradstab.mitigations"])
+def test_the_trainer_loads_both(module: str) -> None:
     """The control: it would be seen."""
-    assert loaded(["yolo_gradstab.trainer"]) == {"yolo_gradstab.trainer": ["torch", "ultralytics"]}
+    assert loaded([module]) == {module: ["torch", "ultralytics"]}
 
 
 def test_public_names_resolve() -> None:

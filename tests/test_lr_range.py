@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 import torch
-from conftest import MODELS, DrawnSet
+from conftest import TINY, DrawnSet
 from ultralytics.utils import LOGGER
 
 from yolo_gradstab import read_run
@@ -115,7 +115,7 @@ def test_a_real_model_is_broken_and_all_is_left_as_found(
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()  # noqa: NPY002
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.deterministic
     # This one is deep enough to collapse; the set's own model bears each of these rates.
-    given = arguments(drawn["detect"], tmp_path, model=str(MODELS / "yolo26-tiny.yaml"))
+    given = arguments(drawn["detect"], tmp_path, model=str(TINY["detect"]))
     result = run_lr_range("detect", given, {"clip": "none"}, lr_min=1e-3, lr_max=10.0, steps=60, out=tmp_path / "range")
     assert result.lr_div is not None
     assert 0.1 < result.lr_div < 10.0

@@ -21,7 +21,7 @@ import polars as pl
 import pytest
 import torch
 import yaml
-from conftest import MODELS, DrawnSet, InterruptionError, train
+from conftest import TINY, DrawnSet, InterruptionError, train
 from ultralytics import YOLO
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
@@ -430,7 +430,6 @@ def test_guard_stop_is_not_undone_by_the_host(drawn: dict[str, DrawnSet], tmp_pa
 # Of five seeds detection collapses with all, at steps 33 to 59; at the host's momentum it depends on the processor.
 # The model is deeper than that of the other tests, which does not collapse so surely.
 LOST = {"epochs": 20, "lr0": 1.0, "momentum": 0.98, "warmup_epochs": 1, "val": False}
-TINY = {"detect": str(MODELS / "yolo26-tiny.yaml"), "pose": str(MODELS / "yolo26-tiny-pose.yaml")}
 
 
 @pytest.mark.parametrize(
@@ -442,7 +441,7 @@ def test_a_run_that_diverges_for_real_is_stopped_there(
 ) -> None:
     """A rate far too high; the tiny model needs no injected fault."""
     cls = trainer_for(task, {"clip": clip, "guard.divergence": "stop"})
-    trainer = train(cls, drawn[task].arguments(tmp_path, name="run", model=TINY[task], **LOST))
+    trainer = train(cls, drawn[task].arguments(tmp_path, name="run", model=str(TINY[task]), **LOST))
     run = read_run(tmp_path / "run")
     (event,) = [event for event in run.events if event["event"] == "divergence"]
     said = (run.status.outcome, run.status.divergence, event["kind"], event["action"])
@@ -462,7 +461,7 @@ def test_a_divergence_is_noticed_where_nothing_stops_it(drawn: dict[str, DrawnSe
     """As in stock, the run goes to its end: finite, quiet, and at mAP 0."""
     train(
         trainer_for("detect", {"guard.divergence": "off"}),
-        drawn["detect"].arguments(tmp_path, name="run", model=TINY["detect"], **LOST),
+        drawn["detect"].arguments(tmp_path, name="run", model=str(TINY["detect"]), **LOST),
     )
     run = read_run(tmp_path / "run")
     assert (run.status.outcome, run.status.divergence) == ("diverged", "collapse")

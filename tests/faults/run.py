@@ -54,7 +54,7 @@ class Notice(msgspec.Struct, kw_only=True, frozen=True):
 
     @property
     def in_time(self) -> bool:
-        return any(after is not None and after <= LIMITS[self.trouble] for after in (self.lost, self.warned))
+        return self.lost_in_time or (self.warned is not None and self.warned <= LIMITS[self.trouble])
 
     @property
     def lost_in_time(self) -> bool:

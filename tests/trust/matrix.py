@@ -57,8 +57,7 @@ def environment(folder: Path, *, ultralytics: str, torch: str) -> Path:
     if not ready.exists() or ready.stat().st_mtime < (ROOT / "pyproject.toml").stat().st_mtime:
         venv.mkdir(parents=True, exist_ok=True)
         (venv / "constraints.txt").write_text(pinned(ultralytics=ultralytics, torch=torch))
-        if not python.exists():
-            subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+        subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
         uv = Path(sys.executable).with_name("uv")
         install = [uv, "pip", "install", "--python", python] if uv.exists() else [python, "-m", "pip", "install"]
         wanted = ["--quiet", "-c", venv / "constraints.txt", "-e", f"{ROOT}[dev]"]
