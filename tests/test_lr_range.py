@@ -167,6 +167,22 @@ def test_groups_keep_their_ratios_and_the_bound_does_not_relax(drawn: dict[str, 
         assert min(rates) == pytest.approx(1e-4 * 100 ** (step / 19))
 
 
+def test_every_step_is_made_where_an_epoch_is_less_than_one(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """Four micro-batches an epoch, ten to a step."""
+    given = arguments(drawn["detect"], tmp_path, nbs=40)
+    result = run_lr_range("detect", given, lr_min=1e-5, lr_max=1e-3, steps=20, out=tmp_path / "range")
+    assert len(result.lr) == 20
+    assert result.lr[-1] == pytest.approx(1e-3)
+
+
+def test_the_grid_is_of_rates_that_were_tried() -> None:
+    test = RangeTest(1e-4, 1.0, 21)
+    for _ in range(11):
+        test.add(8.0, 10.0)
+    assert test.result().how == "training did not break up to lr 0.01"
+    assert test.result().grid == suggested_grid(0.01)
+
+
 def test_command_prints_limit_grid_and_chart(
     drawn: dict[str, DrawnSet], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +224,10 @@ def test_command_prints_limit_grid_and_chart(
         (
             "task=mow data=d.yaml model=m.yaml optimizer=SGD",
             "task must be one of detect, segment, semantic, depth, classify, pose, obb, or a trainer class",
+        ),
+        (
+            "task=detect data=d.yaml model=m.yaml device=0,1",
+            "device=0,1 is several, and a range test runs on one; give e.g. device=0",
         ),
         ("task=detect lr_mim=1", "unknown key lr_mim=1; the nearest valid key is"),
     ],

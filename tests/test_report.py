@@ -662,6 +662,46 @@ def test_many_arms_are_a_grid_and_one_short_sentence(tmp_path: Path) -> None:
     assert "2 further arms are not drawn here" in text
 
 
+def test_trials_of_another_training_are_not_pooled_and_named(sweep: Path) -> None:
+    """A short try before, into the same folder; but a rate that was taken out of the grid again is shown."""
+    build_report(sweep)
+    before = summary_of(sweep)
+    longer = read_spec(SPEC | {"grid": {"lr0": [0.003], "update_clip": [None]}})
+    (shown, _) = plan(longer, sweep)
+    write_trial(sweep, shown, metrics=[0.1, 0.2])
+    short = read_spec(SPEC | {"train": SPEC["train"] | {"epochs": 2}})
+    for trial in plan(short, sweep):
+        write_trial(sweep, trial, metrics=[0.9, 0.9])
+    build_report(sweep)
+    after = summary_of(sweep)
+    assert [arm["best"] for arm in after["arms"]] == [arm["best"] for arm in before["arms"]]
+    assert [arm["trials"] for arm in after["arms"]] == [before["arms"][0]["trials"] + 1, before["arms"][1]["trials"]]
+    reasons = [row["reason"] for row in after["not_shown"]]
+    assert len(reasons) == len(plan(short, sweep))
+    assert all("another training than the sweep's now (epochs=2, now epochs=" in reason for reason in reasons)
+
+
+def test_a_sweep_whose_configuration_file_is_elsewhere_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = Path("mine.yaml")
+    file.write_text("clip: agc")
+    spec = read_spec(SPEC | {"train": SPEC["train"] | {"gradstab": "mine.yaml"}, "grid": {"lr0": [0.01]}})
+    (tmp_path / "rates" / "trials").mkdir(parents=True)
+    (tmp_path / "rates" / "sweep.yaml").write_text(yaml.safe_dump(msgspec.to_builtins(spec)))
+    for trial in plan(spec, tmp_path / "rates"):
+        write_trial(tmp_path / "rates", trial)
+    file.write_text("clip: norm")
+    build_report(tmp_path / "rates")
+    assert "the file of gradstab= was another" in summary_of(tmp_path / "rates")["not_shown"][0]["reason"]
+    file.unlink()
+    build_report(tmp_path / "rates")
+    summary = summary_of(tmp_path / "rates")
+    assert summary["arms"][0]["trials"] == 2
+    assert "gradstab=mine.yaml: cannot be read" in summary["not_shown"][0]["reason"]
+
+
 def write_many(folder: Path, num_trials: int, num_steps: int) -> None:
     seeds = list(range(num_trials // 20))
     spec = read_spec(

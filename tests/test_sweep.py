@@ -146,6 +146,18 @@ def test_any_difference_in_the_configuration_is_another_trial() -> None:
         assert base.isdisjoint(trial.id for trial in plan(small(**change), "out"))
 
 
+def test_what_the_file_of_our_keys_says_is_part_of_the_trial(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+
+    def ids(text: str) -> set[str]:
+        file.write_text(text)
+        return {trial.id for trial in plan(small(train=SPEC["train"] | {"gradstab": str(file)}), "out")}
+
+    first = ids("clip: agc")
+    assert first == ids("clip: {policy: agc}  # in other words")
+    assert first.isdisjoint(ids("{clip: none, update_clip: 0.03}"))
+
+
 def test_a_longer_grid_keeps_the_trials_there_are() -> None:
     base = {trial.id for trial in plan(small(), "out")}
     assert base < {trial.id for trial in plan(small(seeds=[0, 1], grid={"lr0": [0.01, 0.1, 1.0]}), "out")}

@@ -3,6 +3,7 @@
 import errno
 import io
 import math
+import os
 import random
 import signal
 import subprocess
@@ -161,7 +162,7 @@ def test_a_resumed_run_drops_what_it_will_repeat(tmp_path: Path) -> None:
         run.append_event({"event": "skip", "step": step})
     again = PartWriter(run.steps, STEP_SCHEMA)
     assert again.drop_from(6) == 4
-    run.drop_events_from(6)
+    run.drop_from(6)
     again.append([record(step).row() for step in range(6, 9)])
     again.flush()
     assert read_run(tmp_path).steps["step"].to_list() == list(range(9))
@@ -272,6 +273,65 @@ def test_a_folder_has_one_writer_and_a_killed_one_was_interrupted(tmp_path: Path
     assert read_run(tmp_path).status.outcome == "interrupted"  # within set-up
 
 
+FORKER = """
+import multiprocessing, sys, time
+from yolo_gradstab.runs import RunFolder, Status
+run = RunFolder(sys.argv[1])
+run.hold()
+run.create({})
+run.write_status(Status(step=2))
+worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+worker.start()
+print(worker.pid, flush=True)
+input()
+run.release()
+run.hold()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_forked_workers_do_not_hold_the_folder(tmp_path: Path) -> None:
+    """A loader's workers outlive the training that failed, as its trainer does, and for seconds one that was killed."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdin is not None and parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        try:
+            parent.stdin.write(b"\n")
+            parent.stdin.flush()
+            assert parent.stdout.readline() == b"held\n"  # with the worker still there
+            assert not RunFolder(tmp_path).is_left()
+            parent.kill()
+            parent.wait()
+            os.kill(worker, 0)  # it is still there
+            assert RunFolder(tmp_path).is_left()
+            assert read_run(tmp_path).status.outcome == "interrupted"
+        finally:
+            os.kill(worker, signal.SIGKILL)
+
+
+def test_what_is_made_again_is_dropped(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    for event, step in (("skip", 2), ("warning", 3), ("skip", 4)):
+        run.append_event({"event": event, "step": step})
+    num_events = run.num_events()
+    run.append_event({"event": "warning", "step": 4})  # of the step before, shown by the next
+    run.append_event({"event": "skip", "step": 5})
+    for name in ("2", "5", "notes"):
+        (run.gradstab / "incidents" / name).mkdir(parents=True)
+    run.drop_from(5, num_events=num_events)
+    assert [(event["event"], event["step"]) for event in run.read_events()] == [
+        ("skip", 2),
+        ("warning", 3),
+        ("skip", 4),
+    ]
+    assert sorted(path.name for path in (run.gradstab / "incidents").iterdir()) == ["2", "notes"]
+    run.drop_from(0)
+    assert run.read_events() == []
+
+
 def test_storage_without_locks_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*args: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
@@ -341,7 +401,7 @@ def test_half_an_event_is_taken_back_and_one_left_by_a_kill_spoils_no_other(
     assert [event["step"] for event in run.read_events()] == [1, 3]
     with run.events.open("a") as file:
         file.write('{"event": "sk')
-    run.drop_events_from(2)
+    run.drop_from(2)
     run.append_event({"event": "skip", "step": 2})
     assert [event["step"] for event in run.read_events()] == [1, 2]
 

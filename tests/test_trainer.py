@@ -902,6 +902,86 @@ def test_an_end_between_the_checkpoints_repeats_no_epoch_and_keeps_no_older_best
     assert run.steps["step"].to_list() == list(range(12))
 
 
+def test_what_is_made_again_leaves_no_incident_and_no_event_twice(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """A bad image after the checkpoint, of which nothing is left; a sick model before it, which the next step shows."""
+
+    class Sick(trainer_for("detect", {"guard.divergence": "off"})):  # type: ignore[misc]
+        bad_steps: tuple[int, ...] = ()
+
+        def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+            batch = super().preprocess_batch(batch)
+            if self._step in self.bad_steps:
+                batch["img"][0, 0, 0, 0] = torch.nan
+            return batch
+
+        def optimizer_step(self) -> None:
+            if self._step == 3:
+                self._variances[0].mul_(1e9)
+            super().optimizer_step()
+
+    arguments = drawn["detect"].arguments(tmp_path, epochs=3)
+    train(Sick, arguments | {"name": "whole"})
+
+    def interrupt(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        train(type("Bad", (Sick,), {"bad_steps": (5,)}), arguments | {"name": "parts"}, on_train_epoch_end=interrupt)
+    assert (tmp_path / "parts/gradstab/incidents/5").is_dir()
+    train(Sick, {"resume": str(tmp_path / "parts/weights/last.pt")})
+    whole, parts = read_run(tmp_path / "whole"), read_run(tmp_path / "parts")
+    assert [event["step"] for event in whole.events if event["event"] == "divergence"] == [3]
+    assert parts.events == whole.events
+    folders = [tmp_path / name / "gradstab/incidents" for name in ("whole", "parts")]
+    kept = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert kept[0] == kept[1] == ["4"]
+    assert "bad_images" not in {finding.kind for finding in parts.diagnose()}
+
+
+def test_a_resume_that_ends_in_set_up_leaves_the_run_as_it_was(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    def interrupt(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            raise InterruptionError
+
+    config = {"clip": "agc", "update_clip": 0.03}
+    with pytest.raises(InterruptionError):
+        train(
+            trainer_for("detect", config),
+            drawn["detect"].arguments(tmp_path, name="run"),
+            on_train_epoch_end=interrupt,
+        )
+    files = [tmp_path / "run/gradstab" / name for name in ("status.json", "config.yaml")]
+    before = [file.read_text() for file in files]
+
+    class Impatient(trainer_for("detect")):  # type: ignore[misc]
+        def build_dataset(self, *args: Any, **kwargs: Any) -> Any:
+            raise KeyboardInterrupt
+
+    last = str(tmp_path / "run/weights/last.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train(Impatient, {"resume": last})
+    assert [file.read_text() for file in files] == before
+    assert "failed" in before[0]
+    train(trainer_for("detect"), {"resume": last})
+    assert read_run(tmp_path / "run").status.outcome == "completed"
+
+
+def test_a_checkpoint_of_another_release_is_refused_in_one_line(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    def interrupt(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            raise InterruptionError
+
+    with pytest.raises(InterruptionError):
+        train(trainer_for("detect"), drawn["detect"].arguments(tmp_path, name="run"), on_train_epoch_end=interrupt)
+    last = tmp_path / "run/weights/last.pt"
+    checkpoint = torch.load(last, weights_only=False)
+    del checkpoint["optimizer"]["gradstab"]["version"]
+    torch.save(checkpoint, last)
+    with pytest.raises(ConfigError, match=r"resume=.*last\.pt: made by another release of yolo_gradstab, whose state"):
+        trainer_for("detect")(overrides={"resume": str(last)})
+
+
 def test_stripping_replaces_a_checkpoint_whole_and_one_that_is_done_is_not_resumed(
     drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1025,25 +1105,24 @@ def test_an_error_is_the_reason_of_a_failed_run(drawn: dict[str, DrawnSet], tmp_
 
 
 def test_a_repeated_epoch_counts_as_another_attempt(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
-    """Out of memory in the first epoch: the host halves the batch and starts the epoch again."""
+    """Out of memory in the first epoch, half-way to a step: the host starts the epoch again, with half the batch."""
 
     class Scarce(trainer_for("detect")):  # type: ignore[misc]
         failed = False
 
-        def optimizer_step(self) -> None:
-            super().optimizer_step()
-
         def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-            if self._step == 2 and not self.failed:
+            batch = super().preprocess_batch(batch)
+            if self._step == 1 and self._accumulated.images and not self.failed:
                 self.failed = True
                 raise RuntimeError("CUDA out of memory (a test's)")
-            return super().preprocess_batch(batch)
+            return batch
 
-    train(Scarce, drawn["detect"].arguments(tmp_path, name="run", epochs=1, val=False))
+    arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=1, nbs=8, warmup_epochs=0, val=False)
+    train(Scarce, arguments)
     steps = read_run(tmp_path / "run").steps
-    assert steps["attempt"].to_list() == [0, 0] + [1] * 4  # accumulation keeps the nominal batch
-    assert steps["step"].to_list() == list(range(6))
-    assert steps["images"].to_list() == [4, 4, 2, 4, 4, 4] or steps["images"].tail(4).sum() <= 16
+    assert steps["step"].to_list() == [0, 1, 2]
+    assert steps["attempt"].to_list() == [0, 1, 1]
+    assert steps["images"].to_list() == [8, 8, 8]  # what was pending is not counted again
 
 
 # Class and configuration ---------------------------------------------------------------------------------------------

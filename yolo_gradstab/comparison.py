@@ -18,7 +18,7 @@ import polars as pl
 import yaml
 
 from yolo_gradstab import stats
-from yolo_gradstab.config import CLIP_POLICIES, Config, Init, load_config, read_config_file
+from yolo_gradstab.config import CLIP_POLICIES, Config, ConfigError, Init, load_config, read_config_file
 from yolo_gradstab.diagnosis import Finding
 from yolo_gradstab.diagnosis.case import stage_of
 from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
@@ -26,7 +26,7 @@ from yolo_gradstab.diagnosis.layers import backbone
 from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
 from yolo_gradstab.runs import RunError, RunFolder, one_line
 from yolo_gradstab.stats import Estimate
-from yolo_gradstab.sweep import Spec, Trial, plan, read_trial
+from yolo_gradstab.sweep import Spec, Trial, plan, read_trial, trial_at
 from yolo_gradstab.telemetry import QUALITY, Run, lasting, read_run
 
 __all__ = [
@@ -890,20 +890,47 @@ def gather(paths: Sequence[Path]) -> tuple[list[Comparison], list[NotShown]]:
 
 
 def _read_sweep(path: Path, not_shown: list[NotShown]) -> list[Entry]:
-    """A sweep's trials in the order of its plan, then any that are no longer in it."""
+    """A sweep's trials in the order of its plan, then those of other grids and seeds with the same training."""
     folders = sorted(folder for folder in (path / "trials").iterdir() if folder.is_dir())
     planned: list[str] = []
     try:
         spec = msgspec.yaml.decode((path / "sweep.yaml").read_bytes(), type=Spec)
         planned = [trial.id for trial in plan(spec, path)]
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, ConfigError) as error:
         reason = "missing" if isinstance(error, OSError) else one_line(error)
         not_shown.append(NotShown(str(path / "sweep.yaml"), f"{reason}, so trials not started are not known"))
+    else:
+        others = {folder: _difference(folder, spec) for folder in folders if folder.name not in planned}
+        for folder, difference in others.items():
+            if difference:
+                reason = f"of another training than the sweep's now ({difference}); an out= of its own keeps them apart"
+                not_shown.append(NotShown(str(folder), reason))
+        folders = [folder for folder in folders if not others.get(folder)]
     names = {folder.name for folder in folders}
     if waiting := [trial for trial in planned if trial not in names]:
         not_shown.append(NotShown(str(path), f"{len(waiting)} of {len(planned)} trials have not been started"))
     place = {name: i for i, name in enumerate(planned)}
     return _read_all(sorted(folders, key=lambda folder: place.get(folder.name, len(place))), not_shown)
+
+
+def _difference(folder: Path, spec: Spec) -> str:
+    """In what a trial's training differs from what the sweep has now at its point and seed; empty if in nothing."""
+    try:
+        trial = read_trial(folder)
+        now = trial and trial_at(trial.point, trial.seed, spec, folder.parents[1])
+    except (RunError, ValueError, TypeError):  # a damaged one is named when it is read
+        return ""
+    if not trial or not now or trial.id == now.id:
+        return ""
+
+    def only(one: Trial, other: Trial) -> str:
+        place = ("project=", "name=")
+        return " ".join(
+            word for word in one.command[3:] if word not in other.command[3:] and not word.startswith(place)
+        )
+
+    was, has = only(trial, now), only(now, trial)
+    return f"{was or 'fewer arguments'}, now {has or 'fewer'}" if was or has else "the file of gradstab= was another"
 
 
 def _read_all(folders: Iterable[Path], not_shown: list[NotShown]) -> list[Entry]:

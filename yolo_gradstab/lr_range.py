@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -130,7 +131,7 @@ class RangeTest:
             lr_div=self.lr_div,
             how=how,
             steepest=self._steepest(),
-            grid=suggested_grid(self.lr_div or self.rates[-1]),
+            grid=suggested_grid(self.lr_div or self.rates[count - 1]),
             lr=self.rates[:count],
             loss=[_finite(value) for value in self.losses],
             smoothed_loss=[_finite(value) for value in self.smoothed],
@@ -215,6 +216,11 @@ def run_lr_range(
         host = host_model(task, arguments["model"])[1]  # which draws the weights of a model
         ranging = type("Ranging", (_Ranging, trainer_for(host, config, **stopping)), {"range_test": test})
         trainer = ranging(overrides={"optimizer": OPTIMIZER, **arguments, **own})
+        # An epoch may be a single micro-batch, and a step several of them, as many as the host counts; or, where it is
+        # to find the batch itself, at most one for each image of the nominal batch. The test ends itself.
+        args = trainer.args
+        per_step = max(1, round(args.nbs / args.batch)) if args.batch >= 1 else args.nbs
+        trainer.epochs = args.epochs = steps * per_step
         trainer.train()
         trainer.take_divergence()  # growth of the weights is judged a step later, of the last ones at the end
     result = test.result()
@@ -282,6 +288,9 @@ def _check(arguments: dict[str, Any], *, lr_min: float, lr_max: float, steps: in
         raise ConfigError(f"lr_max must be above lr_min={lr_min!r}, got {lr_max!r}")
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 2 * FIRST_STEPS:
         raise ConfigError(f"steps must be a whole number of at least {2 * FIRST_STEPS}, got {steps!r}")
+    device = re.sub(r"[\[\]() ]", "", str(arguments.get("device")))
+    if "," in device:
+        raise ConfigError(f"device={device} is several, and a range test runs on one; give e.g. device=0")
     for key in ("model", "data"):
         if not arguments.get(key):
             raise ConfigError(f"{key} must be given, as {key}=...")

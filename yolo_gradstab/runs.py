@@ -130,6 +130,7 @@ class RunFolder:
         """Let go of the folder; nothing happens where it is not held."""
         file = _held.pop(self.path.absolute(), None)
         if file is not None:
+            fcntl.flock(file, fcntl.LOCK_UN)
             os.close(file)
 
     def is_left(self) -> bool:
@@ -222,10 +223,26 @@ class RunFolder:
                 raise RunError(f"{self.events}: line {number}: {error}") from None
         return events
 
-    def drop_events_from(self, step: int) -> None:
-        """Remove the events of this step and later ones, which a resumed run makes again."""
-        kept = [event for event in self.read_events() if event.get("step", -1) < step]
+    def num_events(self) -> int:
+        """Lines of `events.jsonl` so far."""
+        return self.events.read_bytes().count(b"\n") if self.events.is_file() else 0
+
+    def drop_from(self, step: int, *, num_events: int | None = None) -> None:
+        """Remove events and incidents of this step and later ones, which a resumed run makes again.
+
+        Args:
+            step: The first that is made again.
+            num_events: How many events there were before it; all where not given. Some are of the step before, and
+                written when the next has shown them.
+
+        Raises:
+            RunError: An event is no JSON object.
+        """
+        kept = [event for event in self.read_events()[:num_events] if event.get("step", -1) < step]
         self._rewrite(self.events, b"".join(msgspec.json.encode(event) + b"\n" for event in kept))
+        for incident in (self.gradstab / "incidents").glob("[0-9]*"):
+            if incident.name.isdecimal() and int(incident.name) >= step:
+                _remove(incident)
 
     def drop_results_after(self, epoch: int) -> None:
         """Remove the rows of later epochs (counted from 1) from the host's `results.csv`, to which it will append."""
@@ -240,6 +257,17 @@ class RunFolder:
         if path.is_file() and path.read_bytes() != content:
             with replacing(path) as temporary:
                 temporary.write_bytes(content)
+
+
+def _forget() -> None:
+    """In a forked process, such as a loader's worker, whose copies of the open locks would outlive the run's."""
+    for file in _held.values():
+        os.close(file)
+    _held.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_forget)
 
 
 def _remove(path: Path) -> None:

@@ -47,6 +47,7 @@ __all__ = [
     "read_spec",
     "read_trial",
     "run_sweep",
+    "trial_at",
     "trial_command",
 ]
 
@@ -231,9 +232,15 @@ def _resolved(where: str, spec: Spec, point: dict[str, Any]) -> dict[str, Any]:
     for key, value in arguments.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise SweepError(f"{where}: {key} must be finite, got {value}")
+    host = {key: value for key, value in arguments.items() if not _is_ours(key)}
+    return {"host": host, "ours": _configuration(arguments)}
+
+
+def _configuration(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """All of our keys, a file's among them, as a run with these arguments has them."""
     layer = read_config_file(arguments["gradstab"]) if arguments.get("gradstab") else None
-    config = load_config(layer, {key: value for key, value in arguments.items() if _is_ours(key) and key != "gradstab"})
-    return {"host": {key: value for key, value in arguments.items() if not _is_ours(key)}, "ours": config.to_dict()}
+    given = {key: value for key, value in arguments.items() if _is_ours(key) and key != "gradstab"}
+    return load_config(layer, given).to_dict()
 
 
 def check_files(spec: Spec) -> None:
@@ -282,30 +289,40 @@ def _host_folder() -> Path:
 
 
 def plan(spec: Spec, out: str | Path) -> list[Trial]:
-    """Every trial of a sweep, in the order they are started: all seeds of a combination together."""
-    trials = []
-    for point, seed in itertools.product(_points(spec), spec.seeds):
-        arguments = _dotted(spec.train) | _dotted(point)
-        lr0 = float(arguments.get("lr0", _host_defaults()["lr0"]))
-        # In the host this rate is absolute: left at 0.1, biases would start 100 times hotter than the rest at
-        # lr0=0.001, and the sweep would vary two things.
-        arguments.setdefault("warmup_bias_lr", float(f"{min(0.1, 10 * lr0):.12g}"))
-        # A sweep measures what a policy does by itself: a run that has diverged is ended there, and not rescued.
-        arguments.setdefault("guard.divergence", "stop")
-        identity = {"task": spec.task, "arguments": arguments, "seed": seed}
-        # A letter first: on a command line `name=312977198333`, or `1e5...`, would be read as a number.
-        trial_id = "t" + hashlib.sha256(_canonical(identity).encode()).hexdigest()[:11]
-        trials.append(
-            Trial(
-                id=trial_id,
-                arm={key: value for key, value in point.items() if key != "lr0"},
-                lr0=lr0,
-                seed=seed,
-                point=point,
-                command=trial_command(spec.task, arguments | {"seed": seed}, Path(out) / "trials" / trial_id),
-            )
-        )
-    return trials
+    """Every trial of a sweep, in the order they are started: all seeds of a combination together.
+
+    Raises:
+        ConfigError: A file that `gradstab` names cannot be read.
+    """
+    return [trial_at(point, seed, spec, out) for point, seed in itertools.product(_points(spec), spec.seeds)]
+
+
+def trial_at(point: dict[str, Any], seed: int, spec: Spec, out: str | Path) -> Trial:
+    """The trial of one point of the grid, or of a point that another grid had; its id says what it is.
+
+    Raises:
+        ConfigError: A file that `gradstab` names cannot be read.
+    """
+    arguments = _dotted(spec.train) | _dotted(point)
+    lr0 = float(arguments.get("lr0", _host_defaults()["lr0"]))
+    # In the host this rate is absolute: left at 0.1, biases would start 100 times hotter than the rest at
+    # lr0=0.001, and the sweep would vary two things.
+    arguments.setdefault("warmup_bias_lr", float(f"{min(0.1, 10 * lr0):.12g}"))
+    # A sweep measures what a policy does by itself: a run that has diverged is ended there, and not rescued.
+    arguments.setdefault("guard.divergence", "stop")
+    identity = {"task": spec.task, "arguments": arguments, "seed": seed}
+    if arguments.get("gradstab"):  # what the file says, which may be changed under the same name
+        identity["configuration"] = _configuration(arguments)
+    # A letter first: on a command line `name=312977198333`, or `1e5...`, would be read as a number.
+    trial_id = "t" + hashlib.sha256(_canonical(identity).encode()).hexdigest()[:11]
+    return Trial(
+        id=trial_id,
+        arm={key: value for key, value in point.items() if key != "lr0"},
+        lr0=lr0,
+        seed=seed,
+        point=point,
+        command=trial_command(spec.task, arguments | {"seed": seed}, Path(out) / "trials" / trial_id),
+    )
 
 
 def trial_command(task: str, arguments: Mapping[str, Any], folder: Path) -> list[str]:

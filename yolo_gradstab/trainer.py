@@ -102,6 +102,7 @@ MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 USUAL_MEDIAN = (0.1, 10.0)  # of all weights: that of the host's models is 1, of other usual initialisations 0.4 to 3
 
 STATE_KEY = "gradstab"  # of our state, inside the checkpoint's optimizer state
+STATE_VERSION = 1  # of its fields; a checkpoint of another cannot be continued
 
 
 def trainer_for(
@@ -327,6 +328,12 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
                 raise ConfigError(
                     f"resume={self.args.model}: its training is done, nothing to resume; "
                     "validate it, or give it as model= to a new run"
+                )
+            state = _our_state(ckpt)
+            if state is not None and state.get("version") != STATE_VERSION:
+                raise ConfigError(
+                    f"resume={self.args.model}: made by another release of yolo_gradstab, whose state this one cannot "
+                    "continue; resume it with that one, or give it as model= to a new run"
                 )
         if RANK in {-1, 0}:
             self._take_folder()
@@ -1034,7 +1041,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._layer_parts = PartWriter(run.layers, LAYER_SCHEMA)
         dropped = self._step_parts.drop_from(self._step)
         self._layer_parts.drop_from(self._step)
-        run.drop_events_from(self._step)
+        run.drop_from(self._step, num_events=self._resumed["num_events"] if self._resumed else None)
         run.drop_results_after(self.start_epoch)
         if dropped and self._step:
             LOGGER.info(f"Records of {dropped} steps after the checkpoint are dropped; those steps are made again")
@@ -1133,9 +1140,11 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     @uninterrupted()
     def _finish(self, status: Status) -> None:
         if self._run is None:  # it ended during set-up: nothing was recorded, and the folder says why
-            self._started_s = time.time()
-            self._run = RunFolder(self.save_dir)
-            self._run.create(self._config.to_dict())
+            run = RunFolder(self.save_dir)
+            if run.has_status():  # it is resumed, and stands as it stood
+                return
+            self._started_s, self._run = time.time(), run
+            run.create(self._config.to_dict())
         else:
             for write in (self._drain, self._step_parts.close, self._layer_parts.close):
                 try:
@@ -1221,6 +1230,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         closing = self.args.close_mosaic
         pending = self._accumulated.images > 0
         state_dict[STATE_KEY] = {
+            "version": STATE_VERSION,
             "config": self._config.to_dict(),
             "policy": self._policy.state_dict(),
             "watch": msgspec.to_builtins(self._watch),
@@ -1233,7 +1243,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             "rollbacks": self._rollbacks,
             "lr_factor": self._lr_factor,
             "warmup_again": self._warmup_again,
+            "was_troubled": self._was_troubled,
+            "input_kept": self._input_kept,
             "step": self._step,
+            "num_events": self._run.num_events() if self._run else 0,
             "attempt": self._attempt,
             "seconds": self._seconds(),
             "last_step_batch": self._last_step_batch,
@@ -1315,6 +1328,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._divergence = msgspec.convert(state["divergence"], Divergence | None)
         self._rollbacks, self._lr_factor = state["rollbacks"], state["lr_factor"]
         self._warmup_again = state["warmup_again"]
+        self._was_troubled, self._input_kept = state["was_troubled"], state["input_kept"]
         self._step, self._attempt = state["step"], state["attempt"]
         self._seconds_before, self._last_step_batch = state["seconds"], state["last_step_batch"]
         if state["mosaic_closed"]:  # the host would close it again and draw from the loader's generator in doing so
