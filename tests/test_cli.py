@@ -169,8 +169,8 @@ def test_help_of_data_is_that_of_its_three(capsys: pytest.CaptureFixture[str]) -
     assert [word for word in ("check", "convert", "sample") if f"yolo-gradstab data {word} " in said] == [
         "check", "convert", "sample",
     ]  # fmt: skip
-    assert main(["nonsense", "--help"]) == 0
-    assert capsys.readouterr().out.startswith("yolo-gradstab: Ultralytics YOLO training")
+    assert main(["help", "report"]) == 0
+    assert capsys.readouterr().out.startswith("yolo-gradstab report DIR")
 
 
 def test_a_run_that_fails_in_setup_says_so_in_its_folder(
@@ -209,7 +209,33 @@ def test_a_sweep_with_failed_trials_has_failed(
 @pytest.mark.parametrize(
     "line, status, message",
     [
-        ("detec train", 2, "unknown command 'detec'; the nearest valid key is detect"),
+        ("detec train", 2, "unknown command 'detec'; the nearest valid command is detect"),
+        ("detec --help", 2, "unknown command 'detec'; the nearest valid command is detect"),
+        ("help detec", 2, "unknown command 'detec'; the nearest valid command is detect"),
+        ("detect train task=pose data={data}", 2, "task=pose: the command is `detect train`; give `yolo-gradstab pose"),
+        ("detect train resume=nope.pt model=yolo26n.yaml", 2, "resume=nope.pt: no such file; give the checkpoint"),
+        (
+            "detect train resume={images}",
+            2,
+            "images/train: is a folder; give the checkpoint to go on from, e.g. resume=",
+        ),
+        ("detect train resume model=yolo26n.yaml", 2, "resume=yolo26n.yaml: is no checkpoint; give the checkpoint"),
+        ("detect train model={images} data={data}", 2, "images/train: is a folder; give a model's YAML or weights"),
+        ("detect train model={data} data={data}", 2, "data.yaml: is no model, it has no backbone; give a model's YAML"),
+        ("lr-range task=detect model=missing.yaml data={data}", 2, "model=missing.yaml: no such file; give a model's"),
+        ("lr-range task=detect model={tiny} data={data} out={json}", 2, "cannot be made (File exists); name another"),
+        ("lr-range foo=1 task=detect", 2, "unknown key foo=1; `yolo-gradstab help` lists ours"),
+        ("demo out={json}", 2, "instances_train.json: cannot be made (File exists); name another folder"),
+        (
+            "data convert coco={json} images={images} out=/proc/x",
+            1,
+            "/proc/x cannot be made (No such file or directory)",
+        ),
+        ("data check coco={images} images={images}", 1, "images/train: is a folder; give the COCO annotation file"),
+        ("data sample out={tmp} size=1000000", 2, "size must be a whole number of at most 4096, got 1000000"),
+        ("diagnose {tmp}", 1, "new: no such folder; give a run's folder, which training prints at its end"),
+        ("bench model=[]", 2, "bench: model must be given, or left out for yolo26n.yaml"),
+        ("bench batch=[]", 2, "bench: batch must be given, or left out for 16"),
         ("detect", 2, "the mode must be train, got nothing"),
         ("detect val", 2, "the mode must be train, got 'val'"),
         ("detect train clipp=agc", 2, "unknown key clipp='agc'; the nearest valid key is clip"),
@@ -224,8 +250,8 @@ def test_a_sweep_with_failed_trials_has_failed(
         ("detect train mitigations.init=none", 2, "mitigations.init.method must be one of xavier_normal,"),
         ("detect train gradstab=missing.yaml", 2, "gradstab=missing.yaml: cannot be read"),
         ("detect train model={tiny} data=missing.yaml", 1, "'missing.yaml' does not exist"),
-        ("detect train model=missing.yaml data={data}", 1, "model=missing.yaml: no such file; give a model's YAML"),
-        ("detect train model=5 data={data}", 1, "model=5: no such file"),
+        ("detect train model=missing.yaml data={data}", 2, "model=missing.yaml: no such file; give a model's YAML"),
+        ("detect train model=5 data={data}", 2, "model=5: no such file"),
         ("detect train model={tiny} data=2017", 1, "2017"),
         ("pose train model={tiny} data={data}", 2, "is a detect model, not a pose model; give the task detect"),
         ("pose train model={tiny_pose} data={data}", 1, "no category has `keypoints`"),

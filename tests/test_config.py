@@ -99,7 +99,7 @@ def test_a_configuration_survives_being_saved() -> None:
         ({"guard.backoff": 1.5}, r"guard\.backoff must be above 0 and at most 1, got 1\.5$"),
         ({"guard.max_rollbacks": -1}, r"guard\.max_rollbacks must be at least 0; .*, got -1$"),
         ({"init": "orthogonal"}, r"unknown key init='orthogonal'; valid keys are clip, "),
-        ({"mitigations": "group"}, r"mitigations must be a group of keys, got 'group'$"),
+        ({"mitigations": "group"}, r"mitigations must be a group of keys, got 'group'; give e\.g\. mitigations\.KEY="),
         ({"mitigations.activaton": "relu"}, r"the nearest valid key is mitigations\.activation$"),
         ({"mitigations.activation": "gelu"}, r"activation must be one of silu, .*, tanh, or null, got 'gelu'$"),
         ({"mitigations.residual": "none"}, r"^mitigations\.residual must be one of on, off, or null, got 'none'$"),
@@ -113,6 +113,7 @@ def test_a_configuration_survives_being_saved() -> None:
         ({"clip": None}, r"^clip must name a policy, got nothing; give clip=none to turn clipping off$"),
         ({"clip": ""}, r"^clip must name a policy, got nothing"),
         ({"clip": [1]}, r"clip\.policy must be one of none, .*got \[1\]$"),
+        ({"clip": 10}, r"clip\.policy must be one of none, .*, got 10; a largest norm is clip\.max_norm=10$"),
         ({"clip.factor": 0.1}, r"clip\.factor=0\.1 belongs to policy agc, not to norm \(which has max_norm\); give"),
         ({"clip": "agc", "clip.max_norm": 3}, r"clip\.max_norm=3 belongs to policy norm and zclip, not to agc"),
         ({"clip.foo": 1}, r"unknown key clip\.foo=1; policy norm has max_norm$"),
@@ -126,7 +127,7 @@ def test_a_configuration_survives_being_saved() -> None:
         ),
         ({"guard.nonfinite": True}, r"^guard\.nonfinite must be one of skip, stop, off, got True$"),
         ({"mitigations.activation": 5}, r"^mitigations\.activation must be one of silu, .*, or null, got 5$"),
-        ({"clip.max_norm": -1}, r'clip\.max_norm must be positive and finite; use policy "none" to .*, got -1\.0$'),
+        ({"clip.max_norm": -1}, r"clip\.max_norm must be positive and finite; use clip=none to .*, got -1\.0$"),
         ({"clip.max_norm": float("inf")}, r"clip\.max_norm must be positive and finite; .*got inf$"),
         ({"clip.max_norm": "ten"}, r"^clip\.max_norm must be a number, got 'ten'$"),
         ({"clip.max_norm": True}, r"^clip\.max_norm must be a number, got True$"),
@@ -144,7 +145,10 @@ def test_a_configuration_survives_being_saved() -> None:
         ({"update_clip": {"follow_lr": True}}, r"update_clip\.max_ratio is required"),
         ({"update_clip.follow_lr": 3, "update_clip.max_ratio": 1}, r"follow_lr must be true or false, got 3$"),
         ({"guard.nonfinite": "halt"}, r"guard\.nonfinite must be one of skip, stop, off, got 'halt'$"),
-        ({"guard": 3}, r"guard must be a group of keys, got 3$"),
+        (
+            {"guard": False},
+            r"^guard must be a group of keys, got False; give e\.g\. guard\.nonfinite=off and guard\.div",
+        ),
         ({"telemetry.every": 0}, r"telemetry\.every must be at least 1, got 0$"),
     ],
 )
@@ -179,3 +183,18 @@ def test_bad_files(tmp_path: Path, text: str | None, words: str) -> None:
 def test_frozen() -> None:
     with pytest.raises(AttributeError, match="immutable"):
         Config().guard.nonfinite = "off"  # type: ignore[misc]
+
+
+def test_an_error_in_a_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("guard: {divergance: off}")
+    with pytest.raises(
+        ConfigError, match=r"^gradstab=.*mine\.yaml: unknown key guard\.divergance=.* guard\.divergence$"
+    ):
+        load_config(file)
+    file.write_text("clip: agc")
+    with pytest.raises(
+        ConfigError, match=r"^clip\.max_norm=3 belongs to policy norm"
+    ):  # the line's fault, not the file's
+        load_config(str(file), {"clip.max_norm": 3})
+    assert load_config(file, {"update_clip": False}) == load_config({"clip": "agc"})

@@ -17,6 +17,7 @@ from yolo_gradstab.cli import main
 from yolo_gradstab.config import config_keys, load_config
 from yolo_gradstab.diagnosis import GAINS, KINDS, Finding, Measured, Records, diagnose, last_words, records_of
 from yolo_gradstab.incident import Incident
+from yolo_gradstab.report import build_report
 from yolo_gradstab.runs import RunError, RunFolder, Status
 from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, PartWriter, read_run
 
@@ -865,6 +866,28 @@ def test_the_command_prints_words_or_json(
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert message in error
+
+
+def test_a_run_that_failed_for_another_reason_says_it(
+    written: Callable[[Records], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = written(run(status=Status(outcome="failed", step=7, reason="KeyError: 'backbone'")))
+    said = "The run failed after 7 steps: KeyError: 'backbone'. Its records show nothing wrong."
+    assert main(["diagnose", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith(said)
+    build_report(folder)
+    assert said in (folder / "report.md").read_text()
+
+
+def test_an_advice_on_the_rate_takes_the_optimizer_from_the_host(written: Callable[[Records], Path]) -> None:
+    """`optimizer=auto` ignores lr0, and its own rate is another than args.yaml has."""
+    args = {"optimizer": "auto", "lr0": 0.01}
+    event = {"event": "optimizer", "step": 0, "optimizer": "AdamW", "lr0": 0.001}
+    records = records_of(read_run(written(lost(**(HOT | {"args": args}), events=[event]))))
+    assert (records.args["optimizer"], records.args["lr0"]) == ("AdamW", 0.001)
+    advice = the("lr_too_high", records).advice
+    assert "Lower the rate of 0.001 to lr0=" in advice
+    assert " and optimizer=AdamW, since optimizer=auto ignores lr0" in advice
 
 
 def test_the_command_says_when_nothing_is_wrong(

@@ -17,6 +17,7 @@ import pytest
 import yaml
 from polars.testing import assert_frame_equal
 
+from yolo_gradstab.cli import main
 from yolo_gradstab.comparison import arm_label, effects, gather
 from yolo_gradstab.config import load_config
 from yolo_gradstab.report import ReportError, build_report
@@ -639,6 +640,15 @@ def test_a_path_that_is_no_run_is_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"neither a run \(no gradstab folder\) nor a sweep"):
         build_report([tmp_path])
     assert not (tmp_path / "report.html").exists()
+
+
+def test_the_command_says_when_there_is_nothing_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "train")
+    (run / "gradstab/status.json").write_text("{")
+    assert main(["report", str(run)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"yolo-gradstab: {run}: no run could be shown; cannot be read: ")
+    assert captured.err.count("\n") == 1
 
 
 def test_many_arms_are_a_grid_and_one_short_sentence(tmp_path: Path) -> None:

@@ -255,6 +255,32 @@ def test_run_sweep_starts_planned_commands(folder: Path, monkeypatch: pytest.Mon
     assert read_spec("runs/sweeps/rates/sweep.yaml") == read_spec("rates.yaml")
 
 
+def test_another_training_into_the_same_folder_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sweep_module,
+        "trial_command",
+        lambda task, arguments, folder: [sys.executable, "-c", TRIAL, str(folder), "completed"],
+    )
+    said: list[str] = []
+    one = SPEC | {"grid": {"lr0": [0.1]}, "seeds": [0]}
+    for spec, expected in (
+        (one, 0),
+        (one | {"grid": {"lr0": [0.3]}, "jobs": 2}, 0),  # more of the same
+        (one | {"train": SPEC["train"] | {"epochs": 7}}, 1),
+    ):
+        said.clear()
+        run_sweep(spec, "out", say=said.append)
+        assert sum("out: trials of another training are there; its report will name them" in line for line in said) == (
+            expected
+        )
+
+
+def test_an_error_of_ours_names_the_specification(folder: Path) -> None:
+    Path("rates.yaml").write_text(yaml.safe_dump(SPEC | {"grid": {"clip": ["nrm"]}}))
+    with pytest.raises(ConfigError, match=r"^rates\.yaml: clip\.policy must be one of none, .*, got 'nrm'$"):
+        read_spec("rates.yaml")
+
+
 def test_nothing_is_started_or_written_if_a_sweep_is_refused(folder: Path) -> None:
     with pytest.raises(SweepError, match="ignores lr0"):
         run_sweep(SPEC | {"train": {"model": "m", "data": "d"}}, "out")

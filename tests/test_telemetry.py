@@ -222,7 +222,7 @@ def test_final_metrics_are_the_last_epochs_and_the_key_points_before_the_boxes(t
 
 
 def test_folders_that_are_no_run(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match="no gradstab folder in it, so not a run of yolo-gradstab"):
+    with pytest.raises(RunError, match="no gradstab folder in it, so not a run of yolo-gradstab; give a run's folder"):
         read_run(tmp_path)
     run = folder(tmp_path)
     assert len(read_run(tmp_path).steps) == 0

@@ -1128,6 +1128,16 @@ def test_a_repeated_epoch_counts_as_another_attempt(drawn: dict[str, DrawnSet], 
 # Class and configuration ---------------------------------------------------------------------------------------------
 
 
+def test_what_the_host_chooses_is_what_readers_are_told(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """`optimizer=auto` ignores lr0; args.yaml was written before it chose."""
+    arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=1, optimizer="auto", lr0=0.3, val=False)
+    trainer = train(trainer_for("detect"), arguments)
+    run = read_run(tmp_path / "run")
+    assert run.events[0] == {"event": "optimizer", "step": 0, "optimizer": "AdamW", "lr0": trainer.args.lr0}
+    assert (run.args["optimizer"], run.args["lr0"]) == ("AdamW", trainer.args.lr0)
+    assert trainer.args.lr0 == trainer.optimizer.param_groups[0]["initial_lr"] != 0.3
+
+
 def test_the_configuration_reaches_ddp_workers(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     """The host's own DDP file, run in another process up to the point where it would train."""
     from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file

@@ -26,7 +26,6 @@ from yolo_gradstab.config import (
     config_keys,
     load_config,
     nearest,
-    read_config_file,
 )
 from yolo_gradstab.usage import HELP, help_of
 
@@ -69,11 +68,15 @@ def _print_json(value: Any) -> None:
 
 
 def _dispatch(words: list[str]) -> int:
-    if not words or words[0] in {"help", "-h", "--help"}:
+    if not words or words in (["help"], ["-h"], ["--help"]):
         print(HELP, end="")
         return 0
-    if not {"-h", "--help"}.isdisjoint(words):
-        print(help_of(words), end="")
+    known = [*TASKS, "data", *_COMMANDS]
+    asked = words[1:] if words[0] == "help" else words
+    if words[0] == "help" or not {"-h", "--help"}.isdisjoint(words):
+        if asked[0] not in {*known, "version", "-h", "--help"}:
+            raise UsageError(f"unknown command {asked[0]!r}{nearest(asked[0], known, 'command')}")
+        print(help_of(asked), end="")
         return 0
     if words[0] in {"version", "--version"}:
         print(f"yolo-gradstab {metadata.version('yolo-gradstab')}")
@@ -90,8 +93,7 @@ def _dispatch(words: list[str]) -> int:
         raise UsageError(f"data: must be followed by {', '.join(_DATA)}, got {_shown(words[1:2])}")
     if words[0] in _COMMANDS:
         return _COMMANDS[words[0]](words[1:])
-    known = [*TASKS, "data", *_COMMANDS]
-    raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], known)}; see `yolo-gradstab help`")
+    raise UsageError(f"unknown command {words[0]!r}{nearest(words[0], known, 'command')}; see `yolo-gradstab help`")
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -103,19 +105,29 @@ def _train(task: str, words: list[str]) -> int:
     config, arguments = _training_arguments(words)
     from yolo_gradstab.trainer import host_model, trainer_for
 
+    if arguments.get("task") not in {None, task}:
+        other = arguments["task"]
+        raise UsageError(f"task={other}: the command is `{task} train`; give `yolo-gradstab {other} train`")
     model = str(arguments.pop("model", None) or TASK2MODEL[task])
-    if arguments.get("resume") not in {None, False, True}:
-        model = arguments["resume"]  # resume=path/to/last.pt names the model as well
-    if arguments.get("data") is None and not arguments.get("resume"):
+    if resume := arguments.get("resume"):
+        model = _checkpoint(model if resume is True else str(resume))  # which names the model as well
+    if arguments.get("data") is None and not resume:
         arguments["data"] = TASK2DATA[task]
-    try:
-        yolo, trainer = host_model(task, model)
-    except FileNotFoundError:
-        raise ValueError(
-            f"model={model}: no such file; give a model's YAML or weights, or a name as yolo26n.yaml"
-        ) from None
+    yolo, trainer = host_model(task, model)
     yolo.train(trainer=trainer_for(trainer, config), **arguments)
     return _say_where(Path(yolo.trainer.save_dir))
+
+
+def _checkpoint(path: str) -> str:
+    """What resume=... names, if it is a checkpoint."""
+    advice = "give the checkpoint to go on from, e.g. resume=RUN/weights/last.pt"
+    if Path(path).is_dir():
+        raise UsageError(f"resume={path}: is a folder; {advice}")
+    if not path.endswith(".pt"):
+        raise UsageError(f"resume={path}: is no checkpoint; {advice}")
+    if not Path(path).is_file():
+        raise UsageError(f"resume={path}: no such file; {advice}")
+    return path
 
 
 def _say_where(folder: Path) -> int:
@@ -166,7 +178,7 @@ def _training_arguments(words: list[str], also: Sequence[str] = ()) -> tuple[Con
             if key in PATHS:
                 host[key] = _path(host[key], text)
     _check_host_arguments(host, also)
-    return load_config(read_config_file(file) if file is not None else None, ours), host
+    return load_config(file, ours), host
 
 
 def _merged(words: list[str], merge: Callable[[list[str]], list[str]]) -> list[str]:
@@ -289,8 +301,11 @@ def _sweep(words: list[str]) -> int:
         check_files(spec)
     except SweepError as error:
         raise UsageError(str(error)) from None
-    with _live_table() as (say, watch):
-        folder = run_sweep(spec, out, say=say, watch=watch, retry=retry)
+    try:
+        with _live_table() as (say, watch):
+            folder = run_sweep(spec, out, say=say, watch=watch, retry=retry)
+    except SweepError as error:
+        raise UsageError(str(error)) from None
     print(f"Report: {build_report([folder])}")
     return _failed_trials([folder], folder)
 
@@ -399,14 +414,18 @@ def _report(words: list[str]) -> int:
     options = _options("report", _pairs([word for word in words if "=" in word]), required=(), optional={"out": None})
     if not folders:
         raise UsageError("report: give at least one run or sweep folder")
-    print(f"Report: {build_report(folders, out=options['out'])}")
+    page = build_report(folders, out=options["out"])
+    print(f"Report: {page}")
+    summary = msgspec.json.decode((page.parent / "summary.json").read_bytes())
+    if not summary["arms"]:
+        return _fail(f"{folders[0]}: no run could be shown; {summary['not_shown'][0]['reason']}", 1)
     return 0
 
 
 def _diagnose(words: list[str]) -> int:
     """Findings of a run or of a checkpoint, most important first; finding something is no failure."""
     from yolo_gradstab.audit import audit_checkpoint
-    from yolo_gradstab.diagnosis import diagnose, records_of
+    from yolo_gradstab.diagnosis import diagnose, failed_words, records_of
     from yolo_gradstab.telemetry import read_run
 
     if not words or "=" in words[0]:
@@ -414,12 +433,14 @@ def _diagnose(words: list[str]) -> int:
     options = _options("diagnose", _pairs(words[1:]), required=(), optional={"format": "text"})
     _choice("format", options["format"], ("text", "json"))
     path = words[0]
-    findings = audit_checkpoint(path) if path.endswith(".pt") else diagnose(records_of(read_run(path)))
+    run = None if path.endswith(".pt") else read_run(path)
+    findings = audit_checkpoint(path) if run is None else diagnose(records_of(run))
     if options["format"] == "json":
         _print_json({"run": path, "findings": findings})
         return 0
     if all(finding.severity == "info" for finding in findings):
-        print("Nothing wrong was found.")
+        failed = run is not None and run.status.outcome == "failed"
+        print(failed_words(run.status) if run is not None and failed else "Nothing wrong was found.")
     for finding in findings:
         print(finding.text())
     return 0
@@ -473,6 +494,10 @@ def _demo(words: list[str]) -> int:
     from yolo_gradstab.sweep import run_sweep
 
     out = Path(_options("demo", _pairs(words), required=(), optional={"out": "demo"})["out"])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"out={out}: cannot be made ({error.strerror}); name another folder") from None
     os.environ.setdefault("YOLO_OFFLINE", "true")  # everything it needs is drawn here
     folders = []
     for task in SAMPLE_TASKS:
@@ -561,6 +586,9 @@ def _bench(words: list[str]) -> int:
         value if isinstance(value := options[key], list) else [value]
         for key in ("model", "batch", "optimizer", "precision")
     )
+    for key, values in (("model", models), ("batch", batches), ("optimizer", optimizers), ("precision", precisions)):
+        if not values or None in values:
+            raise UsageError(f"bench: {key} must be given, or left out for {optional[key]}")
     for batch in batches:
         if not isinstance(batch, int) or batch < 1:
             raise UsageError(f"bench: batch must be a whole number of at least 1, or a list of them, got {batch!r}")

@@ -18,8 +18,8 @@ import polars as pl
 import yaml
 
 from yolo_gradstab import stats
-from yolo_gradstab.config import CLIP_POLICIES, Config, ConfigError, Init, load_config, read_config_file
-from yolo_gradstab.diagnosis import Finding
+from yolo_gradstab.config import CLIP_POLICIES, Config, ConfigError, Init, load_config
+from yolo_gradstab.diagnosis import Finding, failed_words
 from yolo_gradstab.diagnosis.case import stage_of
 from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
 from yolo_gradstab.diagnosis.layers import backbone
@@ -156,9 +156,8 @@ def _planned_config(trial: Trial) -> dict[str, Any]:
     """Of a trial that ended before it had written its own."""
     words = {key: text for key, equals, text in (word.partition("=") for word in trial.command) if equals}
     keys = [key for key in words if key.partition(".")[0] in Config.__struct_fields__]
-    file = words.get("gradstab")
     ours = {key: yaml.safe_load(words[key]) for key in keys}
-    return load_config(read_config_file(file) if file else None, ours).to_dict()
+    return load_config(words.get("gradstab") or None, ours).to_dict()
 
 
 def _row(run: Run, trial: Trial | None, label: str) -> Row:
@@ -533,7 +532,10 @@ class Comparison:
             for entry in self.entries
         )
         if kinds.keys() <= {"info"}:
-            return "Nothing wrong was found."
+            failed = [entry.run.status for entry in self.entries if entry.row.verdict == "failed"]
+            if self.is_single and failed:
+                return failed_words(failed[0])
+            return "Nothing wrong was found." if not failed else f"Nothing wrong was found, but {len(failed)} failed."
         words = {"error": "with an error", "warning": "with a warning", "damaged": "whose records cannot be diagnosed"}
         parts = [f"{kinds[kind]} {what}" for kind, what in words.items() if kinds[kind]]
         return "" if self.is_single and not kinds["damaged"] else f"Of {len(self.entries)} runs: {_listed(parts)}."

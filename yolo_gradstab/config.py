@@ -74,9 +74,7 @@ class NormClip(_Clip, frozen=True, kw_only=True, tag="norm"):
     max_norm: float = 10.0
 
     def __post_init__(self) -> None:
-        _require(
-            self, "max_norm", _positive(self.max_norm), 'positive and finite; use policy "none" to turn clipping off'
-        )
+        _require(self, "max_norm", _positive(self.max_norm), "positive and finite; use clip=none to turn clipping off")
 
 
 class ValueClip(_Clip, frozen=True, kw_only=True, tag="value"):
@@ -86,7 +84,7 @@ class ValueClip(_Clip, frozen=True, kw_only=True, tag="value"):
 
     def __post_init__(self) -> None:
         _require(
-            self, "max_value", _positive(self.max_value), 'positive and finite; use policy "none" to turn clipping off'
+            self, "max_value", _positive(self.max_value), "positive and finite; use clip=none to turn clipping off"
         )
 
 
@@ -264,17 +262,32 @@ def config_keys() -> list[str]:
     return sorted(keys)
 
 
-def load_config(*layers: dict[str, Any] | Config | None) -> Config:
+def load_config(*layers: dict[str, Any] | Config | str | Path | None) -> Config:
     """Build a configuration from layers of keys, later ones winning.
 
     Args:
-        layers: Mappings with nested (``{"clip": {"policy": "agc"}}``) or dotted (``{"clip.factor": 0.02}``) keys.
-            ``clip="agc"`` alone is that policy with its defaults, ``update_clip=0.03`` that ratio, and
-            ``mitigations={"init": "orthogonal"}`` that method.
+        layers: Mappings with nested (``{"clip": {"policy": "agc"}}``) or dotted (``{"clip.factor": 0.02}``) keys, or
+            paths of YAML files of such. ``clip="agc"`` alone is that policy with its defaults, ``update_clip=0.03``
+            that ratio, and ``mitigations={"init": "orthogonal"}`` that method.
 
     Raises:
-        ConfigError: One line naming the key, the value, what is allowed and what to do.
+        ConfigError: One line naming the key, the value, what is allowed and what to do, and the file if it is a file's.
     """
+    files = {i: layer for i, layer in enumerate(layers) if isinstance(layer, str | Path)}
+    read = [read_config_file(layer) if isinstance(layer, str | Path) else layer for layer in layers]
+    try:
+        return _load(read)
+    except ConfigError as error:
+        for i, path in files.items():
+            try:
+                _load([read[i]])
+            except ConfigError as alone:
+                if str(alone) == str(error):
+                    raise ConfigError(f"gradstab={path}: {error}") from None
+        raise
+
+
+def _load(layers: list[dict[str, Any] | Config | None]) -> Config:
     merged: dict[str, Any] = {}
     for layer in layers:
         if layer is None:
@@ -287,6 +300,10 @@ def load_config(*layers: dict[str, Any] | Config | None) -> Config:
                 merged.pop(key, None)  # `clip=agc` is that policy with its defaults, whatever an earlier layer said
         _merge(merged, _nested(plain))
     _check_keys(merged)
+    for section in ("guard", "telemetry", "mitigations"):
+        if not isinstance(value := merged.get(section, {}), dict):
+            advice = "guard.nonfinite=off and guard.divergence=off" if section == "guard" else f"{section}.KEY=..."
+            raise ConfigError(f"{section} must be a group of keys, got {value!r}; give e.g. {advice}")
     if isinstance(guard := merged.get("guard"), dict):  # an unquoted `off` is False to YAML 1.1
         merged["guard"] = {key: "off" if value is False else value for key, value in guard.items()}
     if isinstance(mitigations := merged.get("mitigations"), dict) and isinstance(mitigations.get("residual"), bool):
@@ -361,7 +378,7 @@ def _place(key: str, value: Any) -> dict[str, Any]:
         if value in (None, ""):  # an unset variable in `clip=$POLICY` must not turn clipping off
             raise ConfigError("clip must name a policy, got nothing; give clip=none to turn clipping off")
         value = {"policy": value}
-    elif head == "update_clip" and value in ("none", "None"):
+    elif head == "update_clip" and (value is False or value in ("none", "None")):  # `off` is False to YAML 1.1
         value = None
     elif head == "update_clip" and value is not None and not isinstance(value, dict):
         value = {"max_ratio": value}
@@ -394,11 +411,18 @@ def as_numbers(value: Any) -> Any:
     return value
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """How an error names the nearest valid word, or all of them: ``; the nearest valid key is clip``."""
+MOST_LISTED = 40  # words in an error
+
+
+def nearest(word: str, known: Iterable[str], noun: str = "key") -> str:
+    """How an error names the nearest valid word, or all where they are few: ``; the nearest valid key is clip``."""
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"; the nearest valid key is {near[0]}" if near else f"; valid keys are {', '.join(known)}"
+    if near:
+        return f"; the nearest valid {noun} is {near[0]}"
+    if len(known) > MOST_LISTED:
+        return "; `yolo-gradstab help` lists ours, Ultralytics' documentation its own"
+    return f"; valid {noun}s are {', '.join(known)}"
 
 
 def _check_keys(merged: dict[str, Any]) -> None:
@@ -410,7 +434,12 @@ def _check_keys(merged: dict[str, Any]) -> None:
     if isinstance(clip, dict):
         policy = clip.setdefault("policy", "norm")
         if not isinstance(policy, str) or policy not in CLIP_POLICIES:
-            raise ConfigError(f"clip.policy must be one of {', '.join(CLIP_POLICIES)}, got {policy!r}")
+            number = (
+                ""
+                if isinstance(policy, bool) or not isinstance(policy, int | float)
+                else f"; a largest norm is clip.max_norm={policy}"
+            )
+            raise ConfigError(f"clip.policy must be one of {', '.join(CLIP_POLICIES)}, got {policy!r}{number}")
         for field in clip.keys() - {"policy", *CLIP_POLICIES[policy].__struct_fields__}:
             raise ConfigError(_foreign_field(field, clip[field], policy))
     for section, cls in _SECTIONS.items():

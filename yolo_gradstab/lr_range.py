@@ -202,6 +202,10 @@ def run_lr_range(
     trainer_for(task, config, **stopping)  # which checks both, before anything is built
     test = RangeTest(lr_min, lr_max, steps)
     folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"out={folder}: cannot be made ({error.strerror}); name another folder") from None
     own: dict[str, Any] = {
         "epochs": steps,
         "lr0": HIGHEST_LR0,

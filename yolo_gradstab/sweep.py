@@ -26,12 +26,12 @@ import yaml
 from yolo_gradstab.config import (
     TASKS,
     Config,
+    ConfigError,
     Task,
     as_numbers,
     config_keys,
     load_config,
     nearest,
-    read_config_file,
 )
 from yolo_gradstab.executors import TrialState, run_trials
 from yolo_gradstab.runs import one_line, replacing
@@ -233,14 +233,16 @@ def _resolved(where: str, spec: Spec, point: dict[str, Any]) -> dict[str, Any]:
         if isinstance(value, float) and not math.isfinite(value):
             raise SweepError(f"{where}: {key} must be finite, got {value}")
     host = {key: value for key, value in arguments.items() if not _is_ours(key)}
-    return {"host": host, "ours": _configuration(arguments)}
+    try:
+        return {"host": host, "ours": _configuration(arguments)}
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _configuration(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """All of our keys, a file's among them, as a run with these arguments has them."""
-    layer = read_config_file(arguments["gradstab"]) if arguments.get("gradstab") else None
     given = {key: value for key, value in arguments.items() if _is_ours(key) and key != "gradstab"}
-    return load_config(layer, given).to_dict()
+    return load_config(arguments.get("gradstab") or None, given).to_dict()
 
 
 def check_files(spec: Spec) -> None:
@@ -394,6 +396,8 @@ def run_sweep(
     check_files(checked)
     folder = Path(out) if out is not None else Path("runs", "sweeps", checked.name)
     trials = plan(checked, folder)
+    if _holds_another(checked, folder):
+        say(f"{folder}: trials of another training are there; its report will name them, and not show them")
     _make_folder(checked, folder)
     run_trials(
         trials,
@@ -407,6 +411,15 @@ def run_sweep(
         retry=retry == "failed",
     )
     return folder
+
+
+def _holds_another(spec: Spec, folder: Path) -> bool:
+    """Whether the sweep that was run there trained otherwise."""
+    try:
+        old = msgspec.yaml.decode((folder / "sweep.yaml").read_bytes(), type=Spec)
+    except (OSError, msgspec.MsgspecError):
+        return False
+    return (old.task, _dotted(old.train)) != (spec.task, _dotted(spec.train))
 
 
 def _make_folder(spec: Spec, folder: Path) -> None:

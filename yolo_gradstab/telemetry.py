@@ -299,8 +299,13 @@ class Run:
 
     @cached_property
     def args(self) -> dict[str, Any]:
-        """The host's arguments as the run was started; empty when they are missing."""
-        return read_mapping(self.folder.path / "args.yaml")
+        """The host's arguments as the run was started, with what `optimizer=auto` came to; empty without them."""
+        args = read_mapping(self.folder.path / "args.yaml")
+        if args.get("optimizer") == "auto":
+            for event in self.events:
+                if event.get("event") == "optimizer":
+                    args |= {key: event[key] for key in ("optimizer", "lr0") if key in event}
+        return args
 
     @cached_property
     def results(self) -> pl.DataFrame:
@@ -362,5 +367,8 @@ def read_run(path: str | Path) -> Run:
     """
     run = Run(path)
     if not run.folder.gradstab.is_dir():
-        raise RunError(f"{path}: no gradstab folder in it, so not a run of yolo-gradstab")
+        what = (
+            "no gradstab folder in it, so not a run of yolo-gradstab" if run.folder.path.is_dir() else "no such folder"
+        )
+        raise RunError(f"{path}: {what}; give a run's folder, which training prints at its end")
     return run

@@ -54,7 +54,7 @@ from yolo_gradstab.coco.dataset import (
     read_data_yaml,
     resolved_yaml,
 )
-from yolo_gradstab.config import TASKS, Config, ConfigError, Mitigations, build_policy, load_config, read_config_file
+from yolo_gradstab.config import TASKS, Config, ConfigError, Mitigations, build_policy, load_config
 from yolo_gradstab.diagnosis import last_words, records_of
 from yolo_gradstab.guard import (
     DEAD_STEPS,
@@ -128,8 +128,7 @@ def trainer_for(
         0.01
     """
     host = _host_trainer(task)
-    layer = read_config_file(config) if isinstance(config, (str, Path)) else config
-    attributes = {"gradstab_config": load_config(layer, overrides), "__module__": __name__}
+    attributes = {"gradstab_config": load_config(config, overrides), "__module__": __name__}
     return type(f"Gradstab{host.__name__}", (GradstabMixin, host), attributes)
 
 
@@ -146,10 +145,18 @@ def host_model(task: str, model: str) -> tuple[Model, type[BaseTrainer]]:
     """The host's model and its trainer: those of RT-DETR, YOLO-World and YOLOE are others than their task's.
 
     Raises:
-        ConfigError: It is a model for another task.
+        ConfigError: It is none, or a model for another task.
     """
-    # By its name, as the host's own command; the others without the task, so that it is the model that tells.
-    yolo = RTDETR(model) if "rtdetr" in Path(model).stem.lower() else YOLO(model)
+    advice = "give a model's YAML or weights, or a name as yolo26n.yaml"
+    if Path(model).is_dir():
+        raise ConfigError(f"model={model}: is a folder; {advice}")
+    try:
+        # By its name, as the host's own command; the others without the task, so that it is the model that tells.
+        yolo = RTDETR(model) if "rtdetr" in Path(model).stem.lower() else YOLO(model)
+    except FileNotFoundError:
+        raise ConfigError(f"model={model}: no such file; {advice}") from None
+    except KeyError as error:
+        raise ConfigError(f"model={model}: is no model, it has no {error.args[0]}; {advice}") from None
     if yolo.task != task:
         raise ConfigError(
             f"model={model} is a {yolo.task} model, not a {task} model; give the task {yolo.task} or another model"
@@ -295,6 +302,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._lost: Divergence | Unrest | None = None  # this step's, where the guard is to go back
         self._map50: float | None = None  # at the last validation
         self._resumed: dict[str, Any] | None = None  # the state to continue from, until the first epoch begins
+        self._chosen = False  # whether the optimizer was left to the host
         self._aligning = False  # until the first optimizer step after a resume
         self._nominal_accumulate: int | None = None
         self._epoch_seen = -1
@@ -1049,6 +1057,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._trackers = Trackers(self.callbacks)
         run.write_status(Status(step=self._step, versions=versions(), seconds=self._seconds_before))
         if self._step == 0:
+            if self._chosen:
+                choice = {"optimizer": self.args.optimizer, "lr0": self.args.lr0}
+                run.append_event({"event": "optimizer", "step": 0, **choice})
             for record in getattr(unwrap_model(self.model), "mitigations", []):
                 run.append_event({"event": "mitigation", "step": 0, **record})
             self._index_parameters()
@@ -1297,6 +1308,12 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._snapshots = Snapshots()
             self._health, self._look = HealthWatch(), None
         return recovered
+
+    def build_optimizer(self, model: Any, name: str = "auto", *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The host's; `optimizer=auto` is chosen there, and a rate with it."""
+        self._chosen = name == "auto"
+        optimizer: torch.optim.Optimizer = super().build_optimizer(model, name, *args, **kwargs)
+        return optimizer
 
     def resume_training(self, ckpt: dict[str, Any] | None) -> None:
         """Continue exactly where the checkpoint was made, with the run's own configuration."""

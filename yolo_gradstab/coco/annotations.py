@@ -163,7 +163,8 @@ def read_listing(path: str | Path) -> tuple[list[CocoImage], list[CocoCategory]]
 
 def _decode(path: Path, kind: type[T]) -> T:
     if not path.is_file():
-        raise CocoError(f"{path}: no such file; give the COCO annotation file (JSON)")
+        what = "is a folder" if path.is_dir() else "no such file"
+        raise CocoError(f"{path}: {what}; give the COCO annotation file (JSON)")
     raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is common on Windows, and harmless
     try:
         return msgspec.json.decode(raw, type=kind)

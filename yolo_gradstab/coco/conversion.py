@@ -131,7 +131,10 @@ def _refuse_other_labels(labels: CocoLabels, targets: dict[str, Path], folder: P
 
 
 def _write(labels: CocoLabels, targets: dict[str, Path], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CocoError(f"out: {folder} cannot be made ({error.strerror}); name another folder") from None
     for image in labels.images:
         if len(image.classes):
             target = targets[image.file]

@@ -21,6 +21,7 @@ __all__ = ["SAMPLE_TASKS", "draw_sample", "label_sample"]
 
 SAMPLE_TASKS = ("detect", "pose")
 MIN_SIZE_PX = 32  # the host's largest stride
+MAX_SIZE_PX = 4096  # of a side: one such image is 50 MB
 
 _SKETCHES: Mapping[str, tuple[Sketch, int]] = {
     "detect": (sketch_shape, MOST_SHAPES),
@@ -88,6 +89,8 @@ def check_arguments(*, task: str, images: int, size: int, seed: int) -> None:
     for name, value, least in (("images", images, 2), ("size", size, MIN_SIZE_PX), ("seed", seed, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise CocoError(f"{name} must be a whole number of at least {least}, got {value!r}")
+    if size > MAX_SIZE_PX:
+        raise CocoError(f"size must be a whole number of at most {MAX_SIZE_PX}, got {size}")
 
 
 def _check_folder(folder: Path, heading: str) -> None:

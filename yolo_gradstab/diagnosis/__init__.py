@@ -31,9 +31,11 @@ from yolo_gradstab.diagnosis.loss import GAINS, loss_components, loss_spike, los
 from yolo_gradstab.diagnosis.normal import always_clipped, benign_jump
 from yolo_gradstab.diagnosis.precision import amp, nonfinite_gradient, nonfinite_loss, nonfinite_weights
 from yolo_gradstab.diagnosis.rate import lr_too_high
+from yolo_gradstab.runs import Status
 
 __all__ = [
-    "GAINS", "KINDS", "Finding", "Kind", "Measured", "Records", "Severity", "diagnose", "last_words", "records_of",
+    "GAINS", "KINDS", "Finding", "Kind", "Measured", "Records", "Severity", "diagnose", "failed_words",
+    "last_words", "records_of",
 ]  # fmt: skip
 
 SYMPTOMS = {"nonfinite_weights", "nonfinite_loss", "nonfinite_gradient", "loss_blowup", "silent_collapse"}
@@ -70,6 +72,11 @@ def last_words(records: Records, run: str | Path) -> str:
         return ""
     more = counted(len(found) - 1, "more finding") if len(found) > 1 else "Again"
     return f"{found[0].text()}\n{more}: yolo-gradstab diagnose {shlex.quote(str(run))}"
+
+
+def failed_words(status: Status) -> str:
+    """Of a run that ended in an error, and whose records show nothing wrong."""
+    return f"The run failed after {counted(status.step, 'step')}: {status.reason}. Its records show nothing wrong."
 
 
 def _place(finding: Finding, trouble_step: float) -> tuple[int, int, int, int, int]:

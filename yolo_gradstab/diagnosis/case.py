@@ -111,6 +111,12 @@ class Case:
         value = self.args.get(key, default)
         return float(value) if isinstance(value, (int, float)) else default
 
+    def rate_key(self, lr0: str) -> str:
+        """The arguments that set a rate, for an advice: with the optimizer where that was left to the host."""
+        if not self.events("optimizer"):
+            return f"lr0={lr0}"
+        return f"lr0={lr0} and optimizer={self.args.get('optimizer')}, since optimizer=auto ignores lr0"
+
     @cached_property
     def momentum(self) -> float:
         """Of the optimizer, or its beta1."""

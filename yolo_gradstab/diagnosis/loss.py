@@ -158,7 +158,7 @@ def stalled(case: Case) -> Iterator[Finding]:
         advice=rate_advice(case)
         if middle > HOT_RATIO
         else f"Train for longer than epochs={case.args.get('epochs', 1)}, or raise the rate to "
-        f"lr0={rounded(lr0 * RAISE_BY)}.",
+        f"{case.rate_key(rounded(lr0 * RAISE_BY))}.",
     )
 
 

@@ -85,8 +85,8 @@ def always_clipped(case: Case) -> Iterator[Finding]:
     advice = "There is nothing to do; compare runs by the effective rate, and clip=none shows what is cut off."
     if is_norm and len(norms):
         high = rounded(float(np.quantile(norms, 0.9)))
-        lower = rounded(effective or lr0)
-        advice = f"There is nothing to do; clip.max_norm={high} with lr0={lower} would clip only the largest steps."
+        lower = case.rate_key(rounded(effective or lr0))
+        advice = f"There is nothing to do; clip.max_norm={high} with {lower} would clip only the largest steps."
     evidence = {"share of steps clipped": Measured(float((coef < 1).mean()), MOSTLY), "lr0": Measured(lr0)}
     if effective is not None:
         evidence["effective lr after clipping"] = Measured(effective)

@@ -132,7 +132,8 @@ def rate_advice(case: Case) -> str:
         return f"Set warmup_epochs={HOST_WARMUP}: without a warm-up the first steps are the largest."
     factors = [factor for event in case.events("rollback") if (factor := finite(event.get("lr_factor")))]
     if factors and case.recovered:
-        return f"Set lr0={rounded(lr0 * factors[-1])}, the rate at which the run went on after its last rollback."
+        rate = case.rate_key(rounded(lr0 * factors[-1]))
+        return f"Set {rate}, the rate at which the run went on after its last rollback."
     least, most = LOWER_BY
     wanted = 1 / least
     if len(case.peak_updates):
@@ -142,7 +143,7 @@ def rate_advice(case: Case) -> str:
     other = "" if config.get("update_clip") else ", or bound the update with update_clip=0.03"
     if (config.get("clip") or {}).get("policy") == "none":
         other = ", or clip the gradient with clip=norm"
-    return f"Lower the rate of {lr0:g} to lr0={lower}{other}."
+    return f"Lower the rate of {lr0:g} to {case.rate_key(lower)}{other}."
 
 
 def _fiercest_stage(case: Case) -> str | None:
