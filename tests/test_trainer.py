@@ -834,6 +834,16 @@ def test_update_clip_out_of_reach_changes_nothing(drawn: dict[str, DrawnSet], tm
 # Interruption and resume ---------------------------------------------------------------------------------------------
 
 
+def interrupt_in(epoch: int) -> Callable[[Any], None]:
+    """A callback at the end of an epoch's training, before its checkpoint is written."""
+
+    def interrupt(trainer: Any) -> None:
+        if trainer.epoch == epoch:
+            raise InterruptionError
+
+    return interrupt
+
+
 @pytest.mark.parametrize(
     "task, config, arguments, after",
     [
@@ -856,12 +866,8 @@ def test_resume_equals_the_uninterrupted_run(
     arguments = drawn[task].arguments(tmp_path, **({"epochs": 5} | arguments))
     whole = train(trainer_for(task, config), arguments | {"name": "whole"})
 
-    def interrupt(trainer: Any) -> None:
-        if trainer.epoch == after:
-            raise InterruptionError
-
     with pytest.raises(InterruptionError):
-        train(trainer_for(task, config), arguments | {"name": "parts"}, on_train_epoch_end=interrupt)
+        train(trainer_for(task, config), arguments | {"name": "parts"}, on_train_epoch_end=interrupt_in(after))
     assert read_run(tmp_path / "parts").status.outcome == "failed"
     # The interrupted epoch's steps were recorded and are made again; the configuration comes from the checkpoint.
     resumed = YOLO(tmp_path / "parts/weights/last.pt")
@@ -922,12 +928,10 @@ def test_what_is_made_again_leaves_no_incident_and_no_event_twice(drawn: dict[st
     arguments = drawn["detect"].arguments(tmp_path, epochs=3)
     train(Sick, arguments | {"name": "whole"})
 
-    def interrupt(trainer: Any) -> None:
-        if trainer.epoch == 1:
-            raise InterruptionError
-
     with pytest.raises(InterruptionError):
-        train(type("Bad", (Sick,), {"bad_steps": (5,)}), arguments | {"name": "parts"}, on_train_epoch_end=interrupt)
+        train(
+            type("Bad", (Sick,), {"bad_steps": (5,)}), arguments | {"name": "parts"}, on_train_epoch_end=interrupt_in(1)
+        )
     assert (tmp_path / "parts/gradstab/incidents/5").is_dir()
     train(Sick, {"resume": str(tmp_path / "parts/weights/last.pt")})
     whole, parts = read_run(tmp_path / "whole"), read_run(tmp_path / "parts")
@@ -940,16 +944,12 @@ def test_what_is_made_again_leaves_no_incident_and_no_event_twice(drawn: dict[st
 
 
 def test_a_resume_that_ends_in_set_up_leaves_the_run_as_it_was(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
-    def interrupt(trainer: Any) -> None:
-        if trainer.epoch == 1:
-            raise InterruptionError
-
     config = {"clip": "agc", "update_clip": 0.03}
     with pytest.raises(InterruptionError):
         train(
             trainer_for("detect", config),
             drawn["detect"].arguments(tmp_path, name="run"),
-            on_train_epoch_end=interrupt,
+            on_train_epoch_end=interrupt_in(1),
         )
     files = [tmp_path / "run/gradstab" / name for name in ("status.json", "config.yaml")]
     before = [file.read_text() for file in files]
@@ -968,12 +968,10 @@ def test_a_resume_that_ends_in_set_up_leaves_the_run_as_it_was(drawn: dict[str, 
 
 
 def test_a_checkpoint_of_another_release_is_refused_in_one_line(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
-    def interrupt(trainer: Any) -> None:
-        if trainer.epoch == 1:
-            raise InterruptionError
-
     with pytest.raises(InterruptionError):
-        train(trainer_for("detect"), drawn["detect"].arguments(tmp_path, name="run"), on_train_epoch_end=interrupt)
+        train(
+            trainer_for("detect"), drawn["detect"].arguments(tmp_path, name="run"), on_train_epoch_end=interrupt_in(1)
+        )
     last = tmp_path / "run/weights/last.pt"
     checkpoint = torch.load(last, weights_only=False)
     del checkpoint["optimizer"]["gradstab"]["version"]
@@ -1021,13 +1019,9 @@ def test_a_folder_that_is_trained_into_is_left_alone(drawn: dict[str, DrawnSet],
 
 
 def test_resume_with_another_batch_size_goes_on(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
-    def interrupt(trainer: Any) -> None:
-        if trainer.epoch == 2:
-            raise InterruptionError
-
     arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=4, nbs=8, val=False)
     with pytest.raises(InterruptionError):
-        train(trainer_for("detect"), arguments, on_train_epoch_end=interrupt)
+        train(trainer_for("detect"), arguments, on_train_epoch_end=interrupt_in(2))
     resumed = YOLO(tmp_path / "run/weights/last.pt")
     resumed.train(resume=True, batch=8, trainer=trainer_for("detect"))
     steps = read_run(tmp_path / "run").steps
@@ -1038,12 +1032,8 @@ def test_resume_with_another_batch_size_goes_on(drawn: dict[str, DrawnSet], tmp_
 def test_the_checkpoint_opens_in_stock(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=3, data=str(drawn["detect"].yolo))
 
-    def interrupt(trainer: Any) -> None:
-        if trainer.epoch == 1:
-            raise InterruptionError
-
     with pytest.raises(InterruptionError):
-        train(trainer_for("detect", clip="zclip"), arguments, on_train_epoch_end=interrupt)
+        train(trainer_for("detect", clip="zclip"), arguments, on_train_epoch_end=interrupt_in(1))
     code = (
         "import sys; sys.modules['yolo_gradstab'] = None\n"  # importing ours would fail
         "from ultralytics import YOLO\n"
