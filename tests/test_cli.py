@@ -4,6 +4,8 @@ import io
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -201,6 +203,16 @@ def test_a_sweep_with_failed_trials_has_failed(
     where = tmp_path / "rates" / "trials"
     assert err == f"yolo-gradstab: 1 of 1 trials failed; their logs are in {where}, retry=failed runs them again"
     assert (tmp_path / "rates" / "report.html").is_file()
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "yolo_gradstab", "help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
 
 
 # What users get wrong ------------------------------------------------------------------------------------------------
