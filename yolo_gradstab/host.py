@@ -16,7 +16,7 @@ from typing import Any
 
 __all__ = ["TESTED", "changed_methods", "code_digest", "warning"]
 
-# Oldest and newest that the tests have passed with: all of them, or of the oldest Ultralytics those that train.
+# Oldest and newest that the tests have passed with: all of them, or of the oldest torch those that train and measure.
 TESTED = {"ultralytics": ("8.4.183", "8.4.190"), "torch": ("2.11.0", "2.15.0"), "python": ("3.11", "3.12")}
 
 # Of the host's BaseTrainer; the code of every tested release.
