@@ -28,6 +28,7 @@ NOT_RUN = {
     "source": "this is the environment already",
     "git": "a clone of this",
     "pip": "nothing is installed in a test",
+    ".venv/bin/pre-commit": "it writes a hook into the repository",
 }
 SMALL = "epochs=1 imgsz=64"
 EXTRA = {
