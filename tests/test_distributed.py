@@ -266,7 +266,9 @@ def test_a_killed_rank_leaves_a_true_status(drawn: dict[str, DrawnSet], tmp_path
     with pytest.raises(subprocess.CalledProcessError):
         killed(overrides=dict(arguments)).train()
     run = read_run(tmp_path / "killed")
-    assert run.status.outcome == "interrupted"
+    # The one that writes may miss the other before the launcher ends it, and fails of that.
+    missed = rank == 1 and "gloo" in (run.status.reason or "")
+    assert run.status.outcome == ("failed" if missed else "interrupted"), run.status
     steps = run.steps["step"].to_list()
     assert steps == list(range(len(steps)))
     assert 4 <= len(steps) <= Killed.AT  # the records of the first epoch at least
