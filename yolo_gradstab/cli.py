@@ -27,6 +27,7 @@ from yolo_gradstab.config import (
     load_config,
     nearest,
 )
+from yolo_gradstab.runs import make_out
 from yolo_gradstab.usage import HELP, help_of
 
 __all__ = ["main"]
@@ -304,9 +305,6 @@ def _sweep(words: list[str]) -> int:
     try:
         spec = read_spec(words[0], given)
         check_files(spec)
-    except SweepError as error:
-        raise UsageError(str(error)) from None
-    try:
         with _live_table() as (say, watch):
             folder = run_sweep(spec, out, say=say, watch=watch, retry=retry)
     except SweepError as error:
@@ -444,8 +442,8 @@ def _diagnose(words: list[str]) -> int:
         _print_json({"run": path, "findings": findings})
         return 0
     if all(finding.severity == "info" for finding in findings):
-        failed = run is not None and run.status.outcome == "failed"
-        print(failed_words(run.status) if run is not None and failed else "Nothing wrong was found.")
+        failed = run.status if run is not None and run.status.outcome == "failed" else None
+        print("Nothing wrong was found." if failed is None else failed_words(failed))
     for finding in findings:
         print(finding.text())
     return 0
@@ -499,10 +497,7 @@ def _demo(words: list[str]) -> int:
     from yolo_gradstab.sweep import run_sweep
 
     out = Path(_options("demo", _pairs(words), required=(), optional={"out": "demo"})["out"])
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"out={out}: cannot be made ({error.strerror}); name another folder") from None
+    make_out(out, UsageError)
     os.environ.setdefault("YOLO_OFFLINE", "true")  # everything it needs is drawn here
     folders = []
     for task in SAMPLE_TASKS:

@@ -24,7 +24,7 @@ import msgspec
 import polars as pl
 
 from yolo_gradstab.config import Config, ConfigError
-from yolo_gradstab.runs import replacing
+from yolo_gradstab.runs import make_out, replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,10 +202,7 @@ def run_lr_range(
     trainer_for(task, config, **stopping)  # which checks both, before anything is built
     test = RangeTest(lr_min, lr_max, steps)
     folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out={folder}: cannot be made ({error.strerror}); name another folder") from None
+    make_out(folder, ConfigError)
     own: dict[str, Any] = {
         "epochs": steps,
         "lr0": HIGHEST_LR0,

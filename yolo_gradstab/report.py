@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from yolo_gradstab import figures
 from yolo_gradstab.comparison import DIVERGED, Comparison, NotShown, ReportError, Row, gather
-from yolo_gradstab.runs import replacing
+from yolo_gradstab.runs import make_out, replacing
 from yolo_gradstab.telemetry import Run
 
 __all__ = ["ReportError", "build_report"]
@@ -56,10 +56,7 @@ def build_report(paths: str | Path | Iterable[str | Path], out: str | Path | Non
     if not comparisons and not not_shown:
         raise ReportError(f"{given[0]}: no run in it; give run folders or sweep folders")
     folder = Path(out) if out is not None else given[0]
-    try:
-        (folder / "figures").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ReportError(f"out={folder}: cannot be made ({error.strerror}); name another folder") from None
+    make_out(folder, ReportError, part="figures")
     _write_summary(folder, comparisons, not_shown)
     _write_trials(folder, comparisons)
     specs = _draw(folder, comparisons)

@@ -27,8 +27,8 @@ except ImportError:  # Windows
     fcntl = None
 
 __all__ = [
-    "DivergenceKind", "Outcome", "RunError", "RunFolder", "Status", "locked", "one_line", "read_mapping", "replacing",
-    "terminable", "uninterrupted", "versions",
+    "DivergenceKind", "Outcome", "RunError", "RunFolder", "Status", "locked", "make_out", "one_line", "read_mapping",
+    "replacing", "terminable", "uninterrupted", "versions",
 ]  # fmt: skip
 
 Outcome = Literal["running", "completed", "diverged", "stopped", "failed", "interrupted"]
@@ -46,6 +46,18 @@ def one_line(error: Exception) -> str:
     """What an error says, in one line of bounded length; its type where it says nothing."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]}..."
+
+
+def make_out(folder: Path, refusal: type[ValueError], *, part: str = "") -> None:
+    """Make the folder that `out` names, and a part of it.
+
+    Raises:
+        ValueError: It cannot be made; of the type given, in one line.
+    """
+    try:
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refusal(f"out={folder}: cannot be made ({error.strerror}); name another folder") from None
 
 
 class Status(msgspec.Struct, kw_only=True):

@@ -34,7 +34,7 @@ from yolo_gradstab.config import (
     nearest,
 )
 from yolo_gradstab.executors import TrialState, run_trials
-from yolo_gradstab.runs import one_line, replacing
+from yolo_gradstab.runs import make_out, one_line, replacing
 from yolo_gradstab.trial import SweepError, Trial, flow, read_trial
 
 __all__ = [
@@ -423,9 +423,6 @@ def _holds_another(spec: Spec, folder: Path) -> bool:
 
 
 def _make_folder(spec: Spec, folder: Path) -> None:
-    try:
-        (folder / "trials").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SweepError(f"out={folder}: cannot be made ({error.strerror}); name another folder") from None
+    make_out(folder, SweepError, part="trials")
     with replacing(folder / "sweep.yaml") as temporary:
         temporary.write_text(yaml.safe_dump(msgspec.to_builtins(spec), sort_keys=False), encoding="utf-8")

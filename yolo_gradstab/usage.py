@@ -174,15 +174,9 @@ Draws a small COCO set with exact labels, in seconds: shapes to detect, or figur
 
 
 def help_of(words: Sequence[str]) -> str:
-    """The help of the command that these words begin with; of all where they begin with none.
-
-    Raises:
-        KeyError: There is no such command.
-    """
+    """The help of the command that these words begin with; of all where they begin with none."""
     if words[1:2] == ["train"] or words[0] in TASKS:
         return _TRAIN.format(task=words[0])
     if words[0] == "data" and " ".join(words[:2]) not in _COMMANDS:
         return "\n".join(text for name, text in _COMMANDS.items() if name.startswith("data "))
-    if words[0] in {"help", "-h", "--help", "version", "--version"}:
-        return HELP
-    return _COMMANDS.get(" ".join(words[:2])) or _COMMANDS[words[0]]
+    return _COMMANDS.get(" ".join(words[:2]), _COMMANDS.get(words[0], HELP))
