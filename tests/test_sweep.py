@@ -322,6 +322,24 @@ def test_models_and_data_must_be_there(folder: Path, key: str, value: str, found
                 check_files(spec)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"train": {"epochs": "many"}}, r"\{lr0: 0\.01\}: 'epochs=many' is of invalid type str"),
+        ({"train": {"cos_lr": "maybe"}}, "'cos_lr=maybe' is of invalid type str"),
+        ({"grid": {"lr0": [0.01], "momentum": [0.9, 1.7]}}, r"momentum: 1\.7\}: 'momentum=1\.7' is an invalid value"),
+    ],
+)
+def test_values_that_the_host_refuses_are_refused_before_any_trial(
+    folder: Path, changes: dict[str, Any], words: str
+) -> None:
+    given = SPEC | {"grid": {"lr0": [0.01]}} | changes
+    with pytest.raises(SweepError, match=words) as caught:
+        run_sweep(given | {"train": SPEC["train"] | changes.get("train", {})}, folder / "out")
+    assert "\n" not in str(caught.value)
+    assert not (folder / "out").exists()
+
+
 def test_a_sample_set_that_is_not_drawn_yet_says_how(folder: Path) -> None:
     spec = read_spec(SPEC | {"train": SPEC["train"] | {"data": "datasets/sample_detect/data.yaml"}})
     with pytest.raises(

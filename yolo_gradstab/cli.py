@@ -196,21 +196,18 @@ def _merged(words: list[str], merge: Callable[[list[str]], list[str]]) -> list[s
 
 def _check_host_arguments(arguments: dict[str, Any], also: Sequence[str]) -> None:
     """The host's own checks of keys, types and ranges, in one line, with our keys among the suggestions."""
-    from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
-    from ultralytics.utils import LOGGER
+    from ultralytics.cfg import DEFAULT_CFG_DICT
 
-    level = LOGGER.level
-    LOGGER.setLevel("CRITICAL")  # the host prints its whole help page before it raises
+    from yolo_gradstab.host import check_arguments
+
     try:
-        get_cfg(DEFAULT_CFG_DICT, dict(arguments))
+        check_arguments(arguments)
     except SyntaxError:
         unknown = [key for key in arguments if key not in DEFAULT_CFG_DICT]
         near = nearest(unknown[0], [*DEFAULT_CFG_DICT, *config_keys(), "gradstab", *also])
         raise UsageError(f"unknown key {unknown[0]}={arguments[unknown[0]]!r}{near}") from None
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from None
-    finally:
-        LOGGER.setLevel(level)
 
 
 def _value(key: str, text: str) -> Any:

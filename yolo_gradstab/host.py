@@ -1,8 +1,8 @@
-"""Is the host the one that the trainer was written against? Digests of those of its methods that ours build on.
+"""Is the host the one that the trainer was written against, and what does it say of its arguments?
 
 The trainer stands in for some of the host's methods and counts on what others do between them. A release that changes
-one may still work, or may train on without a word and not as stock does. So their code is compared with that of the
-releases that the test suite has been run on, and what differs is said when a run starts.
+one may still work, or may train on without a word and not as stock does. So digests of their code are compared with
+those of the releases that the test suite has been run on, and what differs is said when a run starts.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import ast
 import hashlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["TESTED", "changed_methods", "code_digest", "warning"]
+__all__ = ["TESTED", "changed_methods", "check_arguments", "code_digest", "warning"]
 
 # Oldest and newest that the tests have passed with: all of them, or of the oldest torch those that train and measure.
 TESTED = {"ultralytics": ("8.4.183", "8.4.190"), "torch": ("2.11.0", "2.15.0"), "python": ("3.11", "3.12")}
@@ -82,3 +82,22 @@ def warning(trainer: type, version: str) -> str | None:
         f"Ultralytics {version}: {', '.join(changed)} differ{'s' if len(changed) == 1 else ''} from the code that "
         f"yolo_gradstab was tested with; if anything looks wrong, install ultralytics>={oldest},<={newest}"
     )
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """The host's own checks of training arguments, without the help page that it logs before it raises.
+
+    Raises:
+        SyntaxError: A key is unknown to it; the message is its help page.
+        TypeError: A value is of another type than its key's, in one line.
+        ValueError: A value is beyond its key's range, in one line.
+    """
+    from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
+    from ultralytics.utils import LOGGER
+
+    level = LOGGER.level
+    LOGGER.setLevel("CRITICAL")
+    try:
+        get_cfg(DEFAULT_CFG_DICT, dict(arguments))
+    finally:
+        LOGGER.setLevel(level)

@@ -34,6 +34,7 @@ from yolo_gradstab.config import (
     nearest,
 )
 from yolo_gradstab.executors import TrialState, run_trials
+from yolo_gradstab.host import check_arguments
 from yolo_gradstab.runs import make_out, one_line, replacing
 from yolo_gradstab.trial import SweepError, Trial, flow, read_trial
 
@@ -262,6 +263,16 @@ def check_files(spec: Spec) -> None:
                 raise SweepError(f"{section}.{key}={value} does not exist{advice}")
 
 
+def _check_values(spec: Spec) -> None:
+    """Refuse what the host would refuse in every trial; not part of reading a spec, since it loads the host."""
+    for point in _points(spec):
+        arguments = _dotted(spec.train) | _dotted(point)
+        try:
+            check_arguments({key: value for key, value in arguments.items() if not _is_ours(key)})
+        except (TypeError, ValueError) as error:
+            raise SweepError(f"{flow(point)}: {error}") from None
+
+
 def _is_found(name: str, host: Path) -> bool:
     """A path here, an address, weights the host can fetch by name, or a YAML file of its own, `26n` being `26`."""
     if Path(name).exists() or "://" in name or (name.endswith(".pt") and "/" not in name):
@@ -394,6 +405,7 @@ def run_sweep(
         raise SweepError(f"retry must be failed, got {retry!r}")
     checked = read_spec(spec)
     check_files(checked)
+    _check_values(checked)
     folder = Path(out) if out is not None else Path("runs", "sweeps", checked.name)
     trials = plan(checked, folder)
     if _holds_another(checked, folder):
