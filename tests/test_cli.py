@@ -236,6 +236,7 @@ def test_a_reader_that_has_read_enough_is_no_error() -> None:
         ("detect train model={data} data={data}", 2, "data.yaml: is no model, it has no backbone; give a model's YAML"),
         ("lr-range task=detect model=missing.yaml data={data}", 2, "model=missing.yaml: no such file; give a model's"),
         ("lr-range task=detect model={tiny} data={data} out={json}", 2, "cannot be made (File exists); name another"),
+        ("lr-range task=detect guard.divergence=rollback", 2, "guard.divergence cannot be set in a range test; it"),
         ("lr-range foo=1 task=detect", 2, "unknown key foo=1; `yolo-gradstab help` lists ours"),
         ("demo out={json}", 2, "instances_train.json: cannot be made (File exists); name another folder"),
         (

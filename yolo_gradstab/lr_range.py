@@ -29,7 +29,7 @@ from yolo_gradstab.runs import make_out, replacing
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["RangeTest", "Result", "run_lr_range", "suggested_grid"]
+__all__ = ["SET_BY_THE_TEST", "RangeTest", "Result", "run_lr_range", "suggested_grid"]
 
 SMOOTHING = 0.95
 FIRST_STEPS = 10  # while the running mean of the loss settles
@@ -41,6 +41,7 @@ HIGHEST_LR0 = 1.0  # the host's own limit
 # What the test decides by itself.
 SET_BY_THE_TEST = {
     "lr0": "give lr_min and lr_max",
+    "guard.divergence": "it ends where the run diverges",
     "epochs": "give steps",
     "time": "give steps",
     "resume": "start it again",
@@ -184,7 +185,7 @@ def run_lr_range(
     Args:
         task: One of the host's; the trainer is the model's own.
         arguments: Ultralytics' training arguments, without those the test sets itself; the optimizer is SGD by default.
-        config: Keys of ours, as for `trainer_for`.
+        config: Keys of ours, as for `trainer_for`; `guard.divergence` is `stop` in any case.
         lr_min: First rate.
         lr_max: Last rate; above 1 it is beyond what Ultralytics takes as lr0.
         steps: Optimizer steps, 100 to 200 for a factor of 1.05 to 1.1 between them.
