@@ -97,6 +97,9 @@ MEAN_LOSS = (ClassificationModel, RTDETRDetectionModel)
 # By how the host's trainer builds its own.
 COCO_DATASETS = {DetectionTrainer.build_dataset: CocoDataset, RTDETRTrainer.build_dataset: CocoRTDETRDataset}
 
+# The host's optimizers that divide each element's step by its own history; AdamW is an Adam.
+ADAPTIVE = (torch.optim.Adam, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop)
+
 MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 
 USUAL_MEDIAN = (0.1, 10.0)  # of all weights: that of the host's models is 1, of other usual initialisations 0.4 to 3
@@ -733,7 +736,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self.ema.updates = others["ema_updates"]
         self._watch = msgspec.convert(others["watch"], DivergenceWatch)
         self._spikes = msgspec.convert(others["spikes"], SpikeWatch)
-        num_backoffs = self._health.num_backoffs(self._config.guard.backoff)
+        is_adaptive = isinstance(self.optimizer, ADAPTIVE)
+        num_backoffs = self._health.num_backoffs(self._config.guard.backoff, is_adaptive=is_adaptive)
         self._health, self._restless, self._look, self._bounds = HealthWatch(), False, None, []
         self._zero_steps = None
         if isinstance(found, Divergence) and self._rollbacks >= self._config.guard.max_rollbacks:
