@@ -364,6 +364,13 @@ def test_a_rate_that_an_early_warning_lowered_is_a_warning_and_no_loss() -> None
     assert found[0].advice.startswith("Set lr0=0.001, the rate at which the run went on")
 
 
+def test_a_run_that_was_given_a_clip_when_it_went_back_is_advised_to_have_one() -> None:
+    back = {"event": "rollback", "step": 13, "kind": "running_var", "to_step": 0, "lr_factor": 0.5, "clip": "norm"}
+    found = diagnose(run(events=[back | {"reason": "a variance grew", "rollbacks": 1}]))
+    expected = "Set clip=norm and lr0=0.005, with which the run went on after its last rollback."
+    assert (found[0].kind, found[0].advice) == ("lr_too_high", expected)
+
+
 def test_a_run_that_was_saved_has_warnings_that_still_name_the_cause() -> None:
     loss = np.where((np.arange(NUM) >= 60) & (np.arange(NUM) < 64), 3e4, 150.0)
     events = [

@@ -251,6 +251,31 @@ def test_a_resume_after_going_back_equals_the_uninterrupted_run_and_can_go_back(
     assert len(run.steps) == 28
 
 
+def test_a_run_without_a_clip_that_went_back_has_stocks_from_there_on_also_when_resumed(
+    drawn: dict[str, DrawnSet], tmp_path: Path
+) -> None:
+    def interrupt(trainer: Any) -> None:
+        if trainer.epoch == 5:
+            raise InterruptionError
+
+    config = {"clip": "none", "guard.backoff": 0.8, "telemetry.layers_every": 1}
+    with pytest.raises(InterruptionError):
+        arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=7, lr0=0.05, val=False)
+        train(blowing_up(trainer_for("detect", config), 15), arguments, on_train_epoch_end=interrupt)
+    YOLO(tmp_path / "run/weights/last.pt").train(resume=True, trainer=trainer_for("detect", config))
+    run = read_run(tmp_path / "run")
+    (back,) = [event for event in run.events if event["event"] == "rollback"]
+    # Its updates had been several times what is aimed at with a clip, which would be more than one backoff.
+    moved = run.layers.filter(pl.col("step") < 15, pl.col("weight_norm") > 0).group_by("step")
+    assert moved.agg(pl.col("update_ratio").median())["update_ratio"].max() > 0.02
+    assert (back["step"], back["lr_factor"], back["clip"]) == (15, 0.8, "norm")
+    norms, coefs = run.steps["total_norm"].to_list(), run.steps["clip_coef"].to_list()
+    assert (coefs[:16], max(norms[:15]) > 10) == ([1.0] * 16, True)
+    assert coefs[16:] == pytest.approx([min(1, 10 / norm) for norm in norms[16:]], rel=1e-4)
+    assert (len(coefs), min(coefs[16:20]) < 1, min(coefs[20:]) < 1) == (28, True, True)  # the resume begins at step 20
+    assert run.config["clip"] == {"policy": "none"}  # as it was asked for
+
+
 def test_batches_that_the_host_has_drawn_are_kept_as_they_went_in(
     drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

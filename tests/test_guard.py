@@ -296,17 +296,6 @@ def test_the_rate_is_lowered_as_often_as_the_largest_update_calls_for(
     assert watch.num_backoffs(backoff) == number
 
 
-@pytest.mark.parametrize(
-    ("ratio", "number"),
-    [(0.03, 1), (0.07, 2), (0.09, 3), (0.15, 3), (0.17, 4), (0.9, 6)],  # 0.02 times 2, 4, 8, 8, 16, 64
-)
-def test_an_adaptive_optimizer_is_aimed_at_larger_updates(ratio: float, number: int) -> None:
-    watch = HealthWatch()
-    watch.look(0, weight_norms={"a": 1.0}, running_var=1.0, update_ratio=ratio)
-    assert watch.num_backoffs(0.5, is_adaptive=True) == number
-    assert watch.num_backoffs(0.5) == number + 1  # 0.01 instead: one halving more
-
-
 # Spikes
 
 LOGS = np.random.default_rng(0).normal(scale=0.3, size=60)

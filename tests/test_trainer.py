@@ -678,22 +678,6 @@ def test_a_rate_that_loses_stock_is_survived(drawn: dict[str, DrawnSet], tmp_pat
     assert (first.kind, first.severity) == ("lr_too_high", "warning")
 
 
-@pytest.mark.parametrize(("optimizer", "bearable"), [("SGD", 0.01), ("AdamW", 0.02), ("Adamax", 0.02)])
-def test_the_rate_is_lowered_for_updates_that_its_optimizer_bears(
-    optimizer: str, bearable: float, drawn: dict[str, DrawnSet], tmp_path: Path
-) -> None:
-    config = {"telemetry.layers_every": 1, "guard.backoff": 0.9}  # fine enough to tell the two limits apart
-    cls = blowing_up(trainer_for("detect", config), 15)
-    given = {"optimizer": optimizer, "epochs": 5, "warmup_epochs": 1, "val": False}
-    train(cls, drawn["detect"].arguments(tmp_path, name="run", **given))
-    run = read_run(tmp_path / "run")
-    moved = run.layers.filter(pl.col("step") < 15, pl.col("weight_norm") > 0)["step", "update_ratio"]
-    medians = [sorted(moved.filter(pl.col("step") == step)["update_ratio"]) for step in range(15)]
-    largest = max(ratios[(len(ratios) - 1) // 2] for ratios in medians)  # torch's median is the lower of two
-    (back,) = [event for event in run.events if event["event"] == "rollback"]
-    assert back["lr_factor"] == pytest.approx(0.9 ** max(1, math.ceil(math.log(bearable / largest) / math.log(0.9))))
-
-
 def test_a_guard_that_finds_nothing_changes_nothing(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     arguments = drawn["detect"].arguments(tmp_path, epochs=12, val=False)
     off = train(

@@ -94,9 +94,6 @@ UNREST_GROWTH = ((10, 4.0), (40, 5.0))  # within so many steps, so many times
 UNREST_VARIANCE = (10, 70.0)
 UNREST_RATIO = 0.3
 BEARABLE_RATIO = 0.01  # median update over weight that a lowered rate is aimed at
-# The same of an optimizer that divides each element's step by its own history: it moves what is noise as far as what is
-# not. AdamW's best runs on three sets, without a clip, still made steps of 0.02 to 0.05 at the end of their warm-up.
-BEARABLE_RATIO_ADAPTIVE = 0.02
 LARGEST_RATIO = 1.0  # that is believed: one torn step must not lower the rate to nothing
 
 SPIKE_WINDOW = 128  # accepted norms that make the history
@@ -339,21 +336,16 @@ class HealthWatch(msgspec.Struct):
         """Of the earliest look at this step or later."""
         return next(i for i, seen in enumerate(self.steps) if seen >= step)
 
-    def num_backoffs(self, backoff: float, *, is_adaptive: bool = False) -> int:
+    def num_backoffs(self, backoff: float) -> int:
         """How many times the rate is to be lowered by `backoff`, at least once, for updates that a run can bear.
 
         An update is proportional to the rate where the gradient is clipped or the optimizer adaptive, so that the
         largest that was seen says how much lower the rate must be.
-
-        Args:
-            backoff: What the rate is multiplied by, once or several times.
-            is_adaptive: The optimizer is one of Adam's kind, whose healthy updates are larger.
         """
-        bearable = BEARABLE_RATIO_ADAPTIVE if is_adaptive else BEARABLE_RATIO
-        if not self.highest_ratio > bearable or backoff == 1:
+        if not self.highest_ratio > BEARABLE_RATIO or backoff == 1:
             return 1
         ratio = min(self.highest_ratio, LARGEST_RATIO)
-        return max(1, math.ceil(math.log(ratio / bearable) / -math.log(backoff)))
+        return max(1, math.ceil(math.log(ratio / BEARABLE_RATIO) / -math.log(backoff)))
 
 
 class Spike(msgspec.Struct, frozen=True):

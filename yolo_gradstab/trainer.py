@@ -45,7 +45,7 @@ from ultralytics.nn.tasks import ClassificationModel, RTDETRDetectionModel, load
 from ultralytics.utils import LOGGER, RANK
 from ultralytics.utils.torch_utils import unwrap_model
 
-from yolo_gradstab.clipping import Clipped, ClipPolicy, UpdateRatios, clip_update_, multiply_, update_ratios
+from yolo_gradstab.clipping import Clipped, ClipPolicy, NormClip, UpdateRatios, clip_update_, multiply_, update_ratios
 from yolo_gradstab.coco import CocoError
 from yolo_gradstab.coco.dataset import (
     CocoDataset,
@@ -54,7 +54,7 @@ from yolo_gradstab.coco.dataset import (
     read_data_yaml,
     resolved_yaml,
 )
-from yolo_gradstab.config import TASKS, Config, ConfigError, Mitigations, build_policy, load_config
+from yolo_gradstab.config import TASKS, Config, ConfigError, Mitigations, NoClip, build_policy, load_config
 from yolo_gradstab.diagnosis import last_words, records_of
 from yolo_gradstab.guard import (
     DEAD_STEPS,
@@ -97,8 +97,7 @@ MEAN_LOSS = (ClassificationModel, RTDETRDetectionModel)
 # By how the host's trainer builds its own.
 COCO_DATASETS = {DetectionTrainer.build_dataset: CocoDataset, RTDETRTrainer.build_dataset: CocoRTDETRDataset}
 
-# The host's optimizers that divide each element's step by its own history; AdamW is an Adam.
-ADAPTIVE = (torch.optim.Adam, torch.optim.Adamax, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop)
+STOCK_CLIP = NormClip(max_norm=10.0)  # what the host does at every step
 
 MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 
@@ -548,13 +547,13 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
     def _clip(self, measured: GradientNorms, spike: Spike | None) -> Clipped:
         """The policy; before it, a spike is brought down to the largest norm that would have been none."""
-        terms = self._accumulated.terms
+        policy, terms = self._clipping, self._accumulated.terms
         if spike is None:
-            return self._policy.apply_(self._parameters, measured, num_images=terms)
+            return policy.apply_(self._parameters, measured, num_images=terms)
         coef = torch.clamp(spike.limit / measured.total_norm, max=1.0)
         multiply_([p.grad for p in self._parameters if p.grad is not None], coef)
         lowered = GradientNorms(measured.norms * coef, measured.total_norm * coef)
-        clipped = self._policy.apply_(self._parameters, lowered, num_images=terms)
+        clipped = policy.apply_(self._parameters, lowered, num_images=terms)
         return clipped._replace(clip_coef=clipped.clip_coef * coef)
 
     def _spike(self, total_norm: float) -> Spike | None:
@@ -736,8 +735,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self.ema.updates = others["ema_updates"]
         self._watch = msgspec.convert(others["watch"], DivergenceWatch)
         self._spikes = msgspec.convert(others["spikes"], SpikeWatch)
-        is_adaptive = isinstance(self.optimizer, ADAPTIVE)
-        num_backoffs = self._health.num_backoffs(self._config.guard.backoff, is_adaptive=is_adaptive)
+        # Without a clip the updates of a blow-up tell its size, and not how far the rate is from one that would do: the
+        # clip is the first help, and one backoff with it.
+        starts_clipping = self._rollbacks == 0 and isinstance(self._config.clip, NoClip)
+        num_backoffs = 1 if starts_clipping else self._health.num_backoffs(self._config.guard.backoff)
         self._health, self._restless, self._look, self._bounds = HealthWatch(), False, None, []
         self._zero_steps = None
         if isinstance(found, Divergence) and self._rollbacks >= self._config.guard.max_rollbacks:
@@ -752,10 +753,12 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if self._run:
             event = {"event": "rollback", "step": self._step, "epoch": self.epoch, "kind": found.kind}
             event |= {"reason": found.reason, "to_step": good.step}
-            self._run.append_event(event | {"lr_factor": self._lr_factor, "rollbacks": self._rollbacks})
+            event |= {"lr_factor": self._lr_factor, "rollbacks": self._rollbacks}
+            self._run.append_event(event | ({"clip": "norm"} if self._clipping is STOCK_CLIP else {}))
+            also = f", gradient clipped at {STOCK_CLIP.max_norm:g}" if starts_clipping else ""
             LOGGER.warning(
-                f"{found.reason}: back to the state of step {good.step}, learning rate times {self._lr_factor:g} from "
-                f"here on (rollback {self._rollbacks} of {self._config.guard.max_rollbacks})"
+                f"{found.reason}: back to the state of step {good.step}, learning rate times {self._lr_factor:g}{also} "
+                f"from here on (rollback {self._rollbacks} of {self._config.guard.max_rollbacks})"
             )
 
     def _rate_factor(self) -> float:
@@ -1039,6 +1042,11 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     @cached_property
     def _policy(self) -> ClipPolicy:
         return build_policy(self._config.clip).bind(unwrap_model(self.model))
+
+    @property
+    def _clipping(self) -> ClipPolicy:
+        """The policy; stock's clip in its place once a run that was to have none has had to go back."""
+        return STOCK_CLIP if self._rollbacks and isinstance(self._config.clip, NoClip) else self._policy
 
     def _start_recording(self) -> None:
         """Open the run folder, once the model, the optimizer and any checkpoint are in place."""

@@ -130,10 +130,11 @@ def rate_advice(case: Case) -> str:
     early = case.trouble_step <= EARLY_STEPS
     if case.troubled and early and case.number("warmup_epochs", HOST_WARMUP) <= 0 and lr0 <= WARMUP_CURES * HOST_LR0:
         return f"Set warmup_epochs={HOST_WARMUP}: without a warm-up the first steps are the largest."
-    factors = [factor for event in case.events("rollback") if (factor := finite(event.get("lr_factor")))]
-    if factors and case.recovered:
-        rate = case.rate_key(rounded(lr0 * factors[-1]))
-        return f"Set {rate}, the rate at which the run went on after its last rollback."
+    backs = [event for event in case.events("rollback") if finite(event.get("lr_factor"))]
+    if backs and case.recovered:
+        rate = case.rate_key(rounded(lr0 * backs[-1]["lr_factor"]))
+        clip = f"clip={backs[-1]['clip']} and " if "clip" in backs[-1] else ""
+        return f"Set {clip}{rate}, {'with' if clip else 'the rate at'} which the run went on after its last rollback."
     least, most = LOWER_BY
     wanted = 1 / least
     if len(case.peak_updates):
