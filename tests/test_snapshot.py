@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from yolo_gradstab.snapshot import LEAST_EVERY, MOST_EVERY, RESTLESS_STEPS, Snapshot, Snapshots
+from yolo_gradstab.snapshot import LEAST_EVERY, MOST_EVERY, RESTLESS_STEPS, YOUNG_STEPS, Snapshot, Snapshots
 
 
 def network(optimizer: str) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -82,23 +82,32 @@ def run(snapshots: Snapshots, until: int, first: int = 0, restless: tuple[int, .
 
 def test_a_state_is_good_once_the_next_one_is_taken() -> None:
     snapshots = Snapshots()
-    assert run(snapshots, 41) == [0, 20, 40]
-    assert snapshots.good is not None and snapshots.good.step == 20  # 40 has not been calm for long yet
-    assert snapshots.go_back(45) is snapshots.good
-    assert run(snapshots, 90, first=46) == [65, 85]
-    assert snapshots.good.step == 65
+    assert run(snapshots, 141) == [0, 100, 120, 140]
+    assert snapshots.good is not None and snapshots.good.step == 120  # 140 has not been calm for long yet
+    assert snapshots.go_back(145) is snapshots.good
+    assert run(snapshots, 190, first=146) == [165, 185]
+    assert snapshots.good.step == 165
+
+
+def test_a_young_run_goes_back_to_its_start_and_is_young_again() -> None:
+    snapshots = Snapshots()
+    run(snapshots, 115)
+    found = snapshots.go_back(115)  # its state of step 100 has been calm for 15 steps only
+    assert found is not None and found.step == 0
+    assert run(snapshots, 240, first=116) == [115 + YOUNG_STEPS, 115 + YOUNG_STEPS + 21]
+    assert snapshots.good is not None and snapshots.good.step == 215
 
 
 def test_snapshots_thin_out_as_a_run_grows_long() -> None:
     taken = run(Snapshots(), 10_000)
     gaps = [b - a for a, b in itertools.pairwise(taken)]
-    assert min(gaps) == LEAST_EVERY and gaps[-1] == MOST_EVERY
-    assert all(gap <= max(LEAST_EVERY, step // 10) for step, gap in zip(taken, gaps, strict=False))
+    assert (gaps[0], min(gaps), gaps[-1]) == (YOUNG_STEPS, LEAST_EVERY, MOST_EVERY)
+    assert all(gap <= max(LEAST_EVERY, step // 10) for step, gap in zip(taken[1:], gaps[1:], strict=False))
 
 
 def test_what_came_just_before_unrest_is_not_gone_back_to() -> None:
     snapshots = Snapshots()
-    assert run(snapshots, 60, restless=(45,)) == [0, 20, 40]
-    assert snapshots.go_back(60) is not None and snapshots.good is not None and snapshots.good.step == 20
+    assert run(snapshots, 160, restless=(145,)) == [0, 100, 120, 140]
+    assert snapshots.go_back(160) is not None and snapshots.good is not None and snapshots.good.step == 120
     calm = Snapshots()
-    assert run(calm, 200, restless=(45, 50)) == [0, 20, 40, 50 + RESTLESS_STEPS, 50 + RESTLESS_STEPS + 20, 190]
+    assert run(calm, 300, restless=(145, 150)) == [0, 100, 120, 140, 150 + RESTLESS_STEPS, 150 + RESTLESS_STEPS + 25]

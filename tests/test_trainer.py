@@ -610,7 +610,10 @@ def test_weights_off_the_usual_scale_and_tensors_without_gradient_are_said(
 
 
 @pytest.mark.parametrize("val", [False, True])
-def test_going_back_restores_all_of_a_good_state(drawn: dict[str, DrawnSet], tmp_path: Path, val: bool) -> None:
+def test_going_back_restores_all_of_a_good_state(
+    drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, val: bool
+) -> None:
+    monkeypatch.setattr("yolo_gradstab.snapshot.YOUNG_STEPS", 20)
     config = {"clip": {"policy": "zclip", "max_norm": 10}, "guard": {"spike": "clip", "backoff": 0.25}}
     # Snapshots are taken after steps -1, 19 and 39, so that the blow-up at 43 goes back to 20; the one at 47 again.
     cls = blowing_up(trainer_for("detect", config), 43, 47)

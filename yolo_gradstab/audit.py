@@ -109,6 +109,7 @@ class _Reader(pickle.Unpickler):
             ("collections", "OrderedDict"): _Mapping,
             ("torch._utils", "_rebuild_tensor_v2"): _Function(self._tensor),
             ("torch._utils", "_rebuild_parameter"): _Function(self._parameter),
+            ("torch._utils", "_rebuild_parameter_with_state"): _Function(self._parameter),
         }
         if (module, name) in known:
             return known[module, name]

@@ -14,6 +14,7 @@ from statistics import median
 from typing import Any, Literal
 
 import msgspec
+import numpy as np
 import polars as pl
 import yaml
 
@@ -48,6 +49,10 @@ DIVERGED: tuple[Verdict, ...] = ("nonfinite", "blowup", "collapse")
 UNFINISHED: tuple[Verdict, ...] = ("running", "interrupted", "stopped")
 UNDECIDED: tuple[Verdict, ...] = ("failed", *UNFINISHED)  # say nothing about a learning rate
 
+LENGTH_KEYS = ("epochs", "time", "batch", "nbs", "fraction")  # of the host's arguments, that set a run's steps
+# Those that make no arm of a lone run: its place, its seed, its rate and what goes with it, and what only shows it.
+OF_A_RUN = {"name", "project", "save_dir", "exist_ok", "resume", "seed", "lr0", "warmup_bias_lr", "device", "workers"}
+OF_A_RUN |= {"task", "mode", "model", "data", "val", "save", "save_period", "plots", "verbose", "cache"}
 HOST_LR0 = 0.01  # the host's own default, for a run whose arguments are missing
 MOST_NAMED = 4  # arms in a sentence
 USABLE = 0.2  # below the best, a learning rate is still usable
@@ -101,8 +106,8 @@ class Entry:
         self.arm = trial.arm if trial else _own_arm(run.config)
         self.steps, self.layers = run.steps, run.layers
         self.findings: list[Finding] | None = []  # most important first; none where records are damaged
-        config = run.config or (_planned_config(trial) if trial else {})
-        self.row = _row(run, trial, arm_label(config, self.arm))
+        self.config = run.config or (_planned_config(trial) if trial else {})
+        self.row = _row(run, trial, arm_label(self.config, self.arm))
 
     @property
     def diverged(self) -> bool:
@@ -113,6 +118,11 @@ class Entry:
     def counts(self) -> bool:
         """Whether the run says something about its learning rate: one that did not come to an end does not."""
         return self.row.verdict not in UNDECIDED
+
+    @property
+    def length(self) -> tuple[str, ...]:
+        """What sets a run's number of steps, as far as it is of the arm."""
+        return tuple(str(self.arm.get(key)) for key in LENGTH_KEYS)
 
     @property
     def score(self) -> float | None:
@@ -129,7 +139,8 @@ class Entry:
         stages = backbone(set(stage_by_name.values()))
         stage = pl.col("layer").replace_strict(stage_by_name, return_dtype=pl.Int64)
         table = self.layers.with_columns(stage=stage).filter(pl.col("stage").is_in(stages))
-        warmup_epochs = float(self.run.args.get("warmup_epochs", HOST_WARMUP_EPOCHS))
+        given = self.run.args.get("warmup_epochs")
+        warmup_epochs = HOST_WARMUP_EPOCHS if given is None else float(given)
         warm = self.steps.filter(pl.col("epoch") >= warmup_epochs)["step"]
         recorded = table["step"].unique().sort()
         chosen = {"start": recorded.filter(recorded == 0)}
@@ -146,7 +157,8 @@ class Entry:
             for moment, steps in chosen.items()
             if len(steps)
         ]
-        return pl.concat(norms) if norms else pl.DataFrame(schema=["moment", "stage", "norm"])
+        kinds = {"moment": pl.String, "stage": pl.Int64, "norm": pl.Float64}
+        return pl.concat(norms) if norms else pl.DataFrame(schema=kinds)
 
 
 # What became of a run ------------------------------------------------------------------------------------------------
@@ -163,10 +175,13 @@ def _planned_config(trial: Trial) -> dict[str, Any]:
 def _row(run: Run, trial: Trial | None, label: str) -> Row:
     steps, args, status = run.steps, run.args, run.status
     lr0 = trial.lr0 if trial else float(args.get("lr0", HOST_LR0))
+    if not (math.isfinite(lr0) and lr0 > 0):
+        raise ValueError(f"lr0={lr0:g} has no place on a scale of learning rates, which are above 0")
     verdict, found, note = _judge(run)
     norms = steps["total_norm"].fill_null(math.nan).to_numpy()
     made = lasting(steps, run.events).filter(~pl.col("skipped").fill_null(False))  # and not taken back
     lr, clip_coef = (made[name].fill_null(math.nan).to_numpy() for name in ("lr", "clip_coef"))
+    lowered = _lr_factors(made["step"], run.events)  # counts as a part of the clip: lr0 is what was asked for
     summary, ratio = stats.norm_summary(norms), stats.loss_ratio(steps["loss"].fill_null(math.nan).to_numpy())
     metric = None if verdict in UNDECIDED else run.metric
     return Row(
@@ -192,11 +207,21 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
         robust_spike_score=stats.robust_spike_score(norms),
         largest_loss_ratio=ratio.largest if ratio else None,
         clipped_share=stats.clipped_share(clip_coef),
-        lr_eff=stats.effective_lr(lr, clip_coef, lr0=lr0),
+        lr_eff=stats.effective_lr(lr / lowered, clip_coef * lowered, lr0=lr0),
         seconds=status.seconds,
         note=note,
         path=str(run.folder.path),
     )
+
+
+def _lr_factors(steps: pl.Series, events: Iterable[Mapping[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """By what rollbacks had lowered the rate at each of these steps."""
+    factors = np.ones(len(steps))
+    for event in events:
+        step, factor = event.get("step"), event.get("lr_factor")
+        if event.get("event") == "rollback" and isinstance(step, int) and isinstance(factor, float) and factor > 0:
+            factors[(steps > step).to_numpy()] = factor
+    return factors
 
 
 def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
@@ -220,7 +245,8 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
         return "kept", None, _survived(run)
     if status.outcome == "stopped":
         return "stopped", None, reason
-    gave_up = status.outcome == "failed" and "NaN" in reason  # the host's words
+    # The host's words for a run that it could not bring back; one without a step failed of something else.
+    gave_up = status.outcome == "failed" and "NaN" in reason and len(run.steps) > 0
     if status.outcome == "failed" and not gave_up:
         return "failed", None, reason
     steps, layers = (lasting(table, run.events) for table in (run.steps, run.layers))
@@ -376,11 +402,21 @@ class Comparison:
         """Runs that ended so."""
         return sum(entry.row.verdict == verdict for entry in self.entries)
 
+    def horizon(self, label: str) -> int:
+        """Steps of a whole run of an arm, at least 1: the median of those that ran to their end, or the longest.
+
+        Of all arms whose runs are meant to be as long.
+        """
+        length = next(entry.length for entry in self.entries if entry.row.arm == label)
+        alike = [entry.row for entry in self.entries if entry.length == length]
+        whole = [row.steps for row in alike if row.verdict in {"kept", "stalled"}]
+        return max(1, int(median(whole)) if whole else max(row.steps for row in alike))
+
     @cached_property
-    def horizon(self) -> int:
-        """Steps of a whole run: the median of those that ran to their end, or the longest."""
-        whole = [entry.row.steps for entry in self.entries if entry.row.verdict in {"kept", "stalled"}]
-        return int(median(whole)) if whole else max((entry.row.steps for entry in self.entries), default=0)
+    def horizons(self) -> str:
+        """Steps of a whole run, of all arms."""
+        shortest, longest = (choose(map(self.horizon, self.labels)) for choose in (min, max))
+        return f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
 
     @cached_property
     def initial_loss(self) -> float | None:
@@ -410,8 +446,11 @@ class Comparison:
             "basin_decades": stats.basin_decades(lr0, scores),
             "usable_decades": stats.basin_decades(lr0, scores, within=USABLE),
         }
+        if None in scores:  # which these would count as 0
+            unknown = Estimate(reason="a run has no final metric")
+            estimates |= dict.fromkeys(("quality_sensitivity", "basin_decades", "usable_decades"), unknown)
         stable = stats.max_stable_lr(lr0, diverged)
-        survival = _survival(runs, self.horizon)
+        survival = _survival(runs, self.horizon(entries[0].row.arm))
         values: dict[str, Any] = {name: estimate.value for name, estimate in estimates.items()}
         values["spike_score"] = _median(entry.row.spike_score for entry in runs)
         values["robust_spike_score"] = _median(entry.row.robust_spike_score for entry in runs)
@@ -474,7 +513,7 @@ class Comparison:
         if not any(entry.row.verdict in {"kept", "stalled"} for entry in self.entries):
             return Estimate(reason="no run came to its end, so the length of one is not known")
         saved = [
-            max(0, self.horizon - entry.row.steps) * entry.row.seconds / max(1, entry.row.steps)
+            max(0, self.horizon(entry.row.arm) - entry.row.steps) * entry.row.seconds / max(1, entry.row.steps)
             for entry in self.entries
             if entry.diverged
         ]
@@ -487,13 +526,19 @@ class Comparison:
         found: list[dict[str, Any]] = []
         for label in others:
             quality = stats.compare_paired(self._scores(first), self._scores(label))
-            lives = stats.compare_survival(self._lives(first), self._lives(label), horizon=max(1, self.horizon))
+            lives = self._compare_lives(first, label)
             found.append({"first": first, "second": label, "metric": quality, "survival_steps": lives})
         for kind in ("metric", "survival_steps"):
             adjusted = stats.holm([pair[kind].p_value for pair in found])
             for pair, p in zip(found, adjusted, strict=True):
                 pair[f"{kind}_p_holm"] = p
         return found
+
+    def _compare_lives(self, first: str, second: str) -> stats.PairedComparison:
+        """How much longer the second's runs live; nothing where they are not meant to be of one length."""
+        if len({entry.length for entry in self.entries if entry.row.arm in {first, second}}) > 1:
+            return msgspec.structs.replace(stats.compare_paired({}, {}), reason="runs of the two are not of one length")
+        return stats.compare_survival(self._lives(first), self._lives(second), horizon=self.horizon(first))
 
     def _scores(self, label: str) -> dict[tuple[float, int], float]:
         entries = [entry for entry in self.entries if entry.row.arm == label and entry.counts]
@@ -567,9 +612,9 @@ class Comparison:
         Where arms differ in nothing but the cap of their update, rows are that: off first, then ascending.
         """
         table = self.trials_table()
-        bounds = {entry.row.arm: entry.run.config.get("update_clip") for entry in self.entries}
+        bounds = {entry.row.arm: entry.config.get("update_clip") for entry in self.entries}
         caps = {arm: bound["max_ratio"] if bound else None for arm, bound in bounds.items()}
-        beside = {arm_label(entry.run.config | {"update_clip": None}, entry.arm) for entry in self.entries}
+        beside = {arm_label(entry.config | {"update_clip": None}, entry.arm) for entry in self.entries}
         is_constant = any(bound and not bound.get("follow_lr", True) for bound in bounds.values())
         if len(beside) > 1 or is_constant or len(set(caps.values())) < len(caps):
             return table, None
@@ -602,7 +647,8 @@ class Comparison:
         for label in self.labels:
             mine = [entry for entry in runs if entry.row.arm == label]
             if mine:
-                curve = stats.survival_curve([_end(e) for e in mine], [e.diverged for e in mine], horizon=self.horizon)
+                ends = [_end(e) for e in mine]
+                curve = stats.survival_curve(ends, [e.diverged for e in mine], horizon=self.horizon(label))
                 rows += [{"arm": label, "step": step, "share": share} for step, share in curve]
         return pl.DataFrame(rows)
 
@@ -711,7 +757,7 @@ def _end(entry: Entry) -> float:
 
 def _survival(runs: list[Entry], horizon: int) -> float | None:
     """Restricted mean survival time, in steps."""
-    if not runs or horizon < 1:
+    if not runs:
         return None
     return stats.rmst([_end(entry) for entry in runs], [entry.diverged for entry in runs], horizon=horizon)
 
@@ -874,8 +920,10 @@ def gather(paths: Sequence[Path]) -> tuple[list[Comparison], list[NotShown]]:
     comparisons: list[Comparison] = []
     not_shown: list[NotShown] = []
     single: dict[str, list[Entry]] = {}
-    for path in paths:
-        if (path / "trials").is_dir():
+    for i, path in enumerate(paths):
+        if any(path.resolve() == other.resolve() for other in paths[:i]):
+            not_shown.append(NotShown(str(path), "named twice"))
+        elif (path / "trials").is_dir():
             entries = _read_sweep(path, not_shown)
             if entries:
                 comparisons.append(Comparison(path.resolve().name, entries, path))
@@ -888,7 +936,30 @@ def gather(paths: Sequence[Path]) -> tuple[list[Comparison], list[NotShown]]:
                 single.setdefault(name, []).append(entry)
         else:
             raise ReportError(f"{path}: no such folder; give run folders or sweep folders")
-    return comparisons + [Comparison(name, entries, None) for name, entries in single.items()], not_shown
+    for name, entries in single.items():
+        comparisons.append(Comparison(name, _told_apart(entries, not_shown), None))
+    return comparisons, not_shown
+
+
+def _told_apart(entries: list[Entry], not_shown: list[NotShown]) -> list[Entry]:
+    """Lone runs as arms by all that they differ in; of those that differ in nothing but their place, the first."""
+
+    def given(entry: Entry) -> dict[str, Any]:
+        guard = {f"guard.{key}": value for key, value in (entry.config.get("guard") or {}).items()}
+        return {key: value for key, value in entry.run.args.items() if key not in OF_A_RUN} | guard
+
+    known = [given(entry) for entry in entries]
+    keys = dict.fromkeys(key for one in known for key in one)
+    differing = [key for key in keys if len({str(one.get(key)) for one in known}) > 1]
+    kept: dict[tuple[str, float, int], Entry] = {}
+    for entry, one in zip(entries, known, strict=True):
+        entry.arm |= {key: one.get(key) for key in differing}
+        entry.row.arm = arm_label(entry.config, entry.arm)
+        first = kept.setdefault((entry.row.arm, entry.row.lr0, entry.row.seed), entry)
+        if first is not entry:
+            reason = f"the same configuration, learning rate and seed as {first.row.path}"
+            not_shown.append(NotShown(entry.row.path, reason))
+    return list(kept.values())
 
 
 def _read_sweep(path: Path, not_shown: list[NotShown]) -> list[Entry]:
@@ -898,7 +969,7 @@ def _read_sweep(path: Path, not_shown: list[NotShown]) -> list[Entry]:
     try:
         spec = msgspec.yaml.decode((path / "sweep.yaml").read_bytes(), type=Spec)
         planned = [trial.id for trial in plan(spec, path)]
-    except (OSError, msgspec.MsgspecError, ConfigError) as error:
+    except (OSError, msgspec.MsgspecError, ConfigError, ValueError, TypeError) as error:
         reason = "missing" if isinstance(error, OSError) else one_line(error)
         not_shown.append(NotShown(str(path / "sweep.yaml"), f"{reason}, so trials not started are not known"))
     else:
@@ -947,6 +1018,7 @@ def _read_all(folders: Iterable[Path], not_shown: list[NotShown]) -> list[Entry]
     for folder in folders:
         try:
             entry = Entry(read_run(folder), read_trial(folder))
+            _ = entry.depth_profile  # which reads records too
         except damaged as error:
             name(folder, "cannot be read", error)
             continue

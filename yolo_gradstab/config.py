@@ -173,8 +173,8 @@ class Guard(_Section, frozen=True, kw_only=True):
     A divergence is noticed and recorded whatever `divergence` says; ``stop`` ends the run there, ``rollback`` goes back
     to a good state with every learning rate times `backoff`, at most `max_rollbacks` times. It does so too where the
     weights or BatchNorm's variances grow so abruptly that the run will be lost; where updates are many times too large,
-    the rate is multiplied by `backoff` more than once. A run without a clip is clipped as stock does it, at 10, from its
-    first rollback on: what blew up was the gradient, and not the rate alone.
+    the rate is multiplied by `backoff` more than once. A run without a clip is clipped as stock does it, at 10, from
+    its first rollback on: what blew up was the gradient, and not the rate alone.
     """
 
     nonfinite: Literal["skip", "stop", "off"] = "skip"

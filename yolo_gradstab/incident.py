@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -325,7 +326,8 @@ def capture(
     arrays: dict[str, npt.NDArray[Any]] = {}
     with _noted(notes, "images and labels not read"):
         arrays = _arrays(batches[index])
-        paths = [str(path) for path in batches[index].get("im_file", ())]
+        # A name that is no UTF-8 cannot be written down as it is, and to draw it would end the process.
+        paths = [os.fsencode(path).decode("utf-8", "backslashreplace") for path in batches[index].get("im_file", ())]
         incident.images = image_notes(arrays, paths=paths, num_classes=_num_classes(whole))
     weights: dict[str, npt.NDArray[Any]] = {}
     with _noted(notes, "weights not read"):

@@ -18,6 +18,10 @@ __all__ = ["Snapshot", "Snapshots"]
 
 LEAST_EVERY, MOST_EVERY = 20, 200  # steps between snapshots: a tenth of those made so far, within these bounds
 RESTLESS_STEPS = 100  # after weights or variances have grown abruptly
+# From the start of a run, of which no state is kept but the start: what harms young weights shows late, and little is
+# lost. Three runs on blood cells that went back to states of steps 20, 25 and 60 came to .114, .008 and .061, where
+# lower rates came to .3.
+YOUNG_STEPS = 100
 
 
 class Snapshot(NamedTuple):
@@ -87,6 +91,7 @@ class Snapshots:
     def __init__(self) -> None:
         self.good: Snapshot | None = None
         self._candidate: Snapshot | None = None
+        self._is_start = True  # the good one
         self._next_step = 0
         self._calm_from = 0
 
@@ -99,12 +104,12 @@ class Snapshots:
 
         The first of all is good at once: a run starts from it in any case.
         """
-        if self._candidate is not None:
-            self.good = self._candidate
         if self.good is None:
-            self.good = snapshot
-        else:
-            self._candidate = snapshot
+            self.good, self._next_step = snapshot, snapshot.step + YOUNG_STEPS
+            return
+        if self._candidate is not None:
+            self.good, self._is_start = self._candidate, False
+        self._candidate = snapshot
         self._next_step = snapshot.step + min(MOST_EVERY, max(LEAST_EVERY, snapshot.step // 10))
 
     def disturb(self, step: int) -> None:
@@ -115,5 +120,5 @@ class Snapshots:
     def go_back(self, step: int) -> Snapshot | None:
         """The state to restore at this step; what came after it is forgotten."""
         self._candidate = None
-        self._next_step, self._calm_from = step + LEAST_EVERY, 0
+        self._next_step, self._calm_from = step + (YOUNG_STEPS if self._is_start else LEAST_EVERY), 0
         return self.good

@@ -692,6 +692,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             autocast_dtype=torch.bfloat16 if self.args.amp == "bf16" else torch.float16 if self.amp else None,
             scale=self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
         )
+        if not (folder / str(self._step)).is_dir():  # it could not be written, which has been said
+            return
         event = {"event": "incident", "step": self._step, "epoch": self.epoch, "batch": self._batch, "reason": reason}
         self._run.append_event(event | {"path": f"incidents/{self._step}"})
         LOGGER.warning(f"Batch kept: yolo-gradstab replay {folder / str(self._step)}")

@@ -51,7 +51,8 @@ def bad_labels(case: Case) -> Iterator[Finding]:
     if not captured:
         return
     incident, images = captured[0]
-    problems = [f"{image.path}: {problem}" for image in images for problem in image.problems]
+    said = [(image.path, problem) for image in images for problem in image.problems]
+    problems = [f"{path}: {problem}" for path, problem in said if "pixel" not in problem]  # which are no label's
     evidence = {f"problem {i}": Measured(problem) for i, problem in enumerate(problems[:MOST_NAMED], 1)}
     evidence["batches with such labels"] = Measured(len(captured))
     yield Finding(

@@ -72,7 +72,8 @@ def nonfinite_gradient(case: Case) -> Iterator[Finding]:
     if mended := case.events("buffers_restored"):
         evidence["buffers taken from the average, first"] = Measured(mended[0].get("num_buffers"))
     did = "was applied" if applied else "was not applied"
-    replay = f" with `yolo-gradstab replay` on incidents/{step}" if case.records.incidents else " in that batch"
+    is_kept = any(incident.step == step for incident in case.records.incidents)  # few are, of the first of a trouble
+    replay = f" with `yolo-gradstab replay` on incidents/{step}" if is_kept else " in that batch"
     found = "is too large for single precision" if overflow else "is not finite"
     yield Finding(
         kind="nonfinite_gradient",
