@@ -22,7 +22,7 @@ from yolo_gradstab.comparison import arm_label, effects, gather
 from yolo_gradstab.config import load_config
 from yolo_gradstab.report import ReportError, build_report
 from yolo_gradstab.runs import RunFolder, Status
-from yolo_gradstab.sweep import Trial, plan, read_spec
+from yolo_gradstab.sweep import Trial, plan, read_spec, read_trial
 from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord, read_run
 
 # Recorded: yolo11n, SGD, lr0 0.1, no clipping (ALGORITHMS F14).
@@ -622,6 +622,117 @@ def test_sweeps_and_lone_runs_stand_side_by_side(sweep: Path, tmp_path: Path) ->
     arms = summary_of(tmp_path / "out")["arms"]
     assert [arm["trials"] for arm in arms] == [4, 4, 2]
     assert not (sweep / "report.html").exists()
+
+
+def test_lone_runs_are_arms_by_all_that_they_differ_in(tmp_path: Path) -> None:
+    """Two optimizers are no seeds of one arm."""
+    args = {"lr0": 0.02, "seed": 0, "name": "x", "save_dir": "y"}
+    sgd = write_run(tmp_path / "sgd", args=args | {"optimizer": "SGD", "epochs": 3}, metrics=[0.1, 0.3])
+    adamw = write_run(tmp_path / "adamw", args=args | {"optimizer": "AdamW", "epochs": 100}, metrics=[0.1, 0.6])
+    build_report([sgd, adamw], tmp_path / "out")
+    arms = summary_of(tmp_path / "out")["arms"]
+    assert [arm["label"] for arm in arms] == ["SGD, norm 10, epochs 3", "AdamW, norm 10, epochs 100"]
+    assert [(arm["trials"], arm["best"]["metric"]) for arm in arms] == [(1, 0.3), (1, 0.6)]
+    stop = write_run(tmp_path / "stop", config={"guard.divergence": "stop"}, args=args | {"optimizer": "SGD"})
+    build_report([stop, write_run(tmp_path / "back", args=args | {"optimizer": "SGD"})], tmp_path / "out")
+    assert [arm["label"] for arm in summary_of(tmp_path / "out")["arms"]] == [
+        "norm 10, guard stop", "norm 10, guard rollback"
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_there_twice_counts_once_and_is_named(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", args={"name": "a"})
+    again = write_run(tmp_path / "b", args={"name": "b"})
+    other = write_run(tmp_path / "c", args={"name": "c", "seed": 1})
+    build_report([first, again, other, tmp_path / "b/../a"], tmp_path / "out")
+    summary = summary_of(tmp_path / "out")
+    assert [arm["trials"] for arm in summary["arms"]] == [2]
+    assert {(Path(item["path"]).name, item["reason"]) for item in summary["not_shown"]} == {
+        ("b", f"the same configuration, learning rate and seed as {first}"),
+        ("a", "named twice"),
+    }
+
+
+def test_a_rate_that_was_lowered_is_in_the_effective_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "train", args={"lr0": 1.0})
+    back = {"event": "rollback", "step": 9, "to_step": 0, "kind": "blowup", "reason": "", "lr_factor": 0.25}
+    RunFolder(run).append_event(back | {"rollbacks": 1})
+    build_report(run)
+    (row,) = pl.read_csv(run / "trials.csv").to_dicts()
+    # Steps 10 to 59 last, half of them at .03, and half at .01 and clipped to .25; unlowered, rates were 4 times that.
+    assert row["lr_eff"] == pytest.approx((0.03 + 0.01 * 0.25) / (0.03 / 0.25 + 0.01 / 0.25))
+
+
+def test_arms_of_other_lengths_have_their_own_horizon(tmp_path: Path) -> None:
+    train = {key: value for key, value in SPEC["train"].items() if key != "epochs"}
+    spec = read_spec(SPEC | {"train": train, "grid": {"lr0": [0.01, 0.1], "epochs": [1, 10]}, "seeds": [0]})
+    folder = tmp_path / "lengths"
+    (folder / "trials").mkdir(parents=True)
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(msgspec.to_builtins(spec)))
+    for trial in plan(spec, folder):
+        length = {1: 20, 10: 200}[trial.point["epochs"]]
+        args, made = {"epochs": trial.point["epochs"]}, length if trial.lr0 == 0.01 else length - 10
+        status = Status(outcome="diverged", divergence="blowup", step=made, seconds=float(made), reason="blew up")
+        if trial.lr0 == 0.01:
+            status = Status(outcome="completed", step=made, seconds=float(made))
+        path = write_run(folder / "trials" / trial.id, losses=[200.0] * made, args=args, status=status)
+        (path / "trial.json").write_bytes(msgspec.json.encode(trial))
+    build_report(folder)
+    summary = summary_of(folder)
+    assert [arm["rmst"] for arm in summary["arms"]] == [(20 + 10) / 2, (200 + 190) / 2]
+    (comparison,), _ = gather([folder])
+    assert comparison.compute_saved_s.value == 10 + 10  # a second a step, and ten steps of each lost run
+    assert comparison.pairs[0]["survival_steps"].reason == "runs of the two are not of one length"
+    assert "steps lived of 20 to 200" in (folder / "report.md").read_text()
+
+
+def test_a_run_that_cannot_be_shown_leaves_the_others(sweep: Path, tmp_path: Path) -> None:
+    sound = write_run(tmp_path / "sound")
+    zero = write_run(tmp_path / "zero", args={"lr0": 0.0})
+    bare = write_run(tmp_path / "bare", args={"warmup_epochs": None, "seed": 1})
+    shutil.rmtree(bare / "gradstab" / "layers")
+    early = write_run(
+        tmp_path / "early", losses=[], args={"seed": 2}, status=Status(outcome="failed", reason="NaN in labels")
+    )
+    build_report([bare, zero, sound, early], tmp_path / "out")
+    summary = summary_of(tmp_path / "out")
+    (left_out,) = summary["not_shown"]
+    assert Path(left_out["path"]).name == "zero"
+    assert left_out["reason"].endswith("lr0=0 has no place on a scale of learning rates, which are above 0")
+    assert sum(arm["trials"] for arm in summary["arms"]) == 2
+    assert sum(arm["failed"] for arm in summary["arms"]) == 1
+    spec = yaml.safe_load((sweep / "sweep.yaml").read_text())
+    spec["train"]["lr0"] = "abc"
+    del spec["grid"]["lr0"]
+    (sweep / "sweep.yaml").write_text(yaml.safe_dump(spec))
+    build_report(sweep)
+    assert "abc" in summary_of(sweep)["not_shown"][0]["reason"]
+
+
+def test_a_kept_run_without_a_metric_is_no_zero(sweep: Path) -> None:
+    trial = next(folder for folder in (sweep / "trials").iterdir() if read_trial(folder).lr0 == 0.01)
+    bound = read_trial(trial).arm["update_clip"]
+    (trial / "results.csv").unlink()
+    build_report(sweep)
+    arm = next(arm for arm in summary_of(sweep)["arms"] if arm["arm"]["update_clip"] == bound)
+    for name in ("quality_sensitivity", "basin_decades", "usable_decades"):
+        assert (arm[name], arm["reasons"][name]) == (None, "a run has no final metric")
+
+
+def test_a_cap_is_named_also_where_its_trial_failed_before_it_said_so(tmp_path: Path) -> None:
+    spec = read_spec(SPEC | {"grid": {"lr0": [0.01], "update_clip": [0.01, 0.1, 0.3]}, "seeds": [0, 1]})
+    folder = tmp_path / "caps"
+    (folder / "trials").mkdir(parents=True)
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(msgspec.to_builtins(spec)))
+    for trial in plan(spec, folder):
+        path = write_trial(folder, trial)
+        if trial.seed and trial.point["update_clip"] == 0.1:
+            (path / "gradstab" / "config.yaml").unlink()
+            RunFolder(path).write_status(Status(outcome="failed", reason="RuntimeError: no memory"))
+    (comparison,), _ = gather([folder])
+    table, title = comparison.grid_table()
+    assert table["arm"].unique(maintain_order=True).to_list() == ["0.01", "0.1", "0.3"]
+    assert title == "update_clip, with norm 10"
 
 
 def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
