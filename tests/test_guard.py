@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 from yolo_gradstab.guard import (
+    LARGEST_UNCLIPPED_RATIO,
     SPIKES_IN_A_ROW,
     Divergence,
     DivergenceWatch,
@@ -294,6 +295,13 @@ def test_the_rate_is_lowered_as_often_as_the_largest_update_calls_for(
     for i, ratio in enumerate(ratios):
         watch.look(i, weight_norms={"a": 1.0}, running_var=1.0, update_ratio=ratio)
     assert watch.num_backoffs(backoff) == number
+
+
+def test_no_more_than_the_largest_believed_update_counts() -> None:
+    watch = HealthWatch()
+    watch.look(0, weight_norms={"a": 1.0}, running_var=1.0, update_ratio=7.47)
+    assert watch.num_backoffs(0.5, largest=LARGEST_UNCLIPPED_RATIO) == 4  # 0.16 / 2^4 = 0.01
+    assert watch.num_backoffs(0.5) == 7  # 1 / 2^7 < 0.01
 
 
 # Spikes

@@ -95,6 +95,9 @@ UNREST_VARIANCE = (10, 70.0)
 UNREST_RATIO = 0.3
 BEARABLE_RATIO = 0.01  # median update over weight that a lowered rate is aimed at
 LARGEST_RATIO = 1.0  # that is believed: one torn step must not lower the rate to nothing
+# The same of a run that was not clipped, and will be: its updates tell the size of a blow-up, and hardly how far the
+# rate is from one that would do.
+LARGEST_UNCLIPPED_RATIO = 0.16
 
 SPIKE_WINDOW = 128  # accepted norms that make the history
 SPIKE_HISTORY = 20  # of them before anything is a spike
@@ -336,15 +339,19 @@ class HealthWatch(msgspec.Struct):
         """Of the earliest look at this step or later."""
         return next(i for i, seen in enumerate(self.steps) if seen >= step)
 
-    def num_backoffs(self, backoff: float) -> int:
+    def num_backoffs(self, backoff: float, *, largest: float = LARGEST_RATIO) -> int:
         """How many times the rate is to be lowered by `backoff`, at least once, for updates that a run can bear.
 
         An update is proportional to the rate where the gradient is clipped or the optimizer adaptive, so that the
         largest that was seen says how much lower the rate must be.
+
+        Args:
+            backoff: What the rate is multiplied by each time.
+            largest: Update over weight that is believed.
         """
         if not self.highest_ratio > BEARABLE_RATIO or backoff == 1:
             return 1
-        ratio = min(self.highest_ratio, LARGEST_RATIO)
+        ratio = min(self.highest_ratio, largest)
         return max(1, math.ceil(math.log(ratio / BEARABLE_RATIO) / -math.log(backoff)))
 
 

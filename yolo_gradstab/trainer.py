@@ -58,6 +58,8 @@ from yolo_gradstab.config import TASKS, Config, ConfigError, Mitigations, NoClip
 from yolo_gradstab.diagnosis import last_words, records_of
 from yolo_gradstab.guard import (
     DEAD_STEPS,
+    LARGEST_RATIO,
+    LARGEST_UNCLIPPED_RATIO,
     LOOK_EVERY,
     NO_QUALITY,
     USUAL_SCALE,
@@ -98,7 +100,6 @@ MEAN_LOSS = (ClassificationModel, RTDETRDetectionModel)
 COCO_DATASETS = {DetectionTrainer.build_dataset: CocoDataset, RTDETRTrainer.build_dataset: CocoRTDETRDataset}
 
 STOCK_CLIP = NormClip(max_norm=10.0)  # what the host does at every step
-MOST_BACKOFFS_WITH_CLIP = 2  # at the rollback from which on a run is clipped that was not
 
 MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 
@@ -738,12 +739,9 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self.ema.updates = others["ema_updates"]
         self._watch = msgspec.convert(others["watch"], DivergenceWatch)
         self._spikes = msgspec.convert(others["spikes"], SpikeWatch)
-        num_backoffs = self._health.num_backoffs(self._config.guard.backoff)
         starts_clipping = self._rollbacks == 0 and isinstance(self._config.clip, NoClip)
-        if starts_clipping:
-            # Without a clip the updates of a blow-up tell its size, and not how far the rate is from one that would do.
-            # The clip is the first help; what it leaves too high is seen again.
-            num_backoffs = min(num_backoffs, MOST_BACKOFFS_WITH_CLIP)
+        largest = LARGEST_UNCLIPPED_RATIO if starts_clipping else LARGEST_RATIO
+        num_backoffs = self._health.num_backoffs(self._config.guard.backoff, largest=largest)
         self._health, self._restless, self._look, self._bounds = HealthWatch(), False, None, []
         self._zero_steps = None
         if isinstance(found, Divergence) and self._rollbacks >= self._config.guard.max_rollbacks:
