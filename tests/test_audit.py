@@ -46,6 +46,14 @@ def test_a_healthy_checkpoint_has_nothing_and_is_read_as_torch_reads_it(model: A
         assert np.array_equal(tensors[name], value.numpy()), name
 
 
+def test_a_parameter_that_carries_more_is_read_too(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    torch.nn.init.zeros_(model[0].weight)
+    model[0].weight.said = "more"  # torch stores such a parameter by another function
+    torch.save({"model": model}, tmp_path / "last.pt")
+    assert list(read_tensors(tmp_path / "last.pt")) == ["0.weight", "0.bias"]
+
+
 def test_a_tensor_of_nan_is_found_where_it_became_zero(model: Any, tmp_path: Path) -> None:
     model = deepcopy(model)
     model.model[3].conv.weight.data.fill_(torch.nan)

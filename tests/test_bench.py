@@ -1,6 +1,7 @@
 """`yolo_gradstab.bench`: it prints what the contract says, and the guard's figures are of what was timed."""
 
 import json
+import math
 import time
 from typing import Any
 
@@ -9,13 +10,24 @@ from conftest import MODELS
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 
-from yolo_gradstab.bench import run_bench
+from yolo_gradstab.bench import _figures, run_bench
 from yolo_gradstab.cli import main
 from yolo_gradstab.snapshot import Snapshot
 
 pytestmark = pytest.mark.filterwarnings("default")
 
 TINY = str(MODELS / "yolo26-tiny.yaml")
+
+
+@pytest.mark.parametrize(
+    ("rounds", "place"),  # of the lower end among the sorted, from 1: the exact table of the sign test
+    [(3, 1), (5, 1), (6, 1), (9, 2), (10, 2), (12, 3), (20, 6), (60, 22)],
+)
+def test_an_interval_of_the_median_has_its_coverage(rounds: int, place: int) -> None:
+    figures = _figures([float(i) for i in range(rounds, 0, -1)], [1.0] * rounds)
+    assert (figures["low"], figures["high"]) == (place, rounds + 1 - place)
+    outside = sum(math.comb(rounds, k) for k in range(place)) / 2**rounds  # the median lies below the lower end
+    assert 1 - 2 * outside >= 0.95 or place == 1
 
 
 @pytest.mark.slow

@@ -347,6 +347,20 @@ def test_the_root_cause_of_a_lost_run_is_its_first_error(more: dict[str, Any], f
     assert {"lr_too_high", "silent_collapse"} <= {finding.kind for finding in found}
 
 
+def test_only_an_incident_that_was_kept_is_to_be_replayed() -> None:
+    kept, other = (diagnose(run(incidents=[incident(step)], events=[skip()], columns=spoiled(30))) for step in (30, 3))
+    assert "on incidents/30" in next(f for f in kept if f.kind == "nonfinite_gradient").advice
+    assert "incidents/" not in next(f for f in other if f.kind == "nonfinite_gradient").advice
+
+
+def test_bad_pixels_are_no_problem_of_a_label() -> None:
+    problems = ["3 pixels are not finite", "pixels from -2 to 2.5, normal is 0 to 1", "class 7 of 3"]
+    image = {"path": "a.jpg", "problems": problems, "bad_labels": True, "bad_pixels": True}
+    found = diagnose(run(incidents=[incident(images=[image], first_bad=bad("loss"))], events=[skip()]))
+    labels = next(finding for finding in found if finding.kind == "bad_labels")
+    assert [m.value for name, m in labels.evidence.items() if name.startswith("problem")] == ["a.jpg: class 7 of 3"]
+
+
 def test_symptoms_stand_in_the_order_they_came() -> None:
     loss, norm = np.full(NUM, 200.0), np.full(NUM, 700.0)
     loss[60:70], norm[60:70] = 3e4, 7e6

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from yolo_gradstab.executors import TrialState, _visible_gpus, devices, run_tria
 from yolo_gradstab.report import build_report
 from yolo_gradstab.runs import RunFolder
 from yolo_gradstab.telemetry import read_run
-from yolo_gradstab.trial import SweepError, Trial, read_trial
+from yolo_gradstab.trial import SweepError, Trial, TrialProcess, read_trial
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and locks as on POSIX")
 
@@ -168,6 +169,22 @@ def test_a_time_limit_ends_a_trial_which_then_has_failed(
     status = read_run(place(tmp_path, trials[0])).status
     assert (status.outcome, status.reason) == ("failed", "not done after time_limit_s=8")
     assert read_run(place(tmp_path, trials[1])).status.outcome == "completed"
+
+
+@pytest.mark.parametrize(("stop_after_s", "limit_s", "timed_out"), [(0.3, 0.6, False), (30.0, 0.3, True)])
+def test_only_its_limit_times_a_trial_out(
+    monkeypatch: pytest.MonkeyPatch, stop_after_s: float, limit_s: float, timed_out: bool
+) -> None:
+    """One that the sweep stops, and whose end takes beyond the limit, is interrupted, and goes on another time."""
+    monkeypatch.setattr("yolo_gradstab.trial.STOP_GRACE_S", 1.0)
+    process = TrialProcess()
+    timer = threading.Timer(stop_after_s, process.stop)
+    timer.start()
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    options = {"time_limit_s": limit_s, "held": None}
+    assert process.run([sys.executable, "-c", deaf], subprocess.DEVNULL, os.environ, **options) is None
+    timer.cancel()
+    assert process.timed_out is timed_out
 
 
 def test_several_trials_run_at_once_and_share_threads_and_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import pickle
 import random
 import shutil
@@ -448,6 +449,17 @@ def test_tensors_are_bounded_and_bad_weights_listed(tmp_path: Path) -> None:
     found = kept(tmp_path / "1", model, make_batch(), grads={f"w{i}": float(i) for i in range(30)})
     assert [t.name for t in found.tensors] == [f"w{i}" for i in range(29, 9, -1)]
     assert found.nonfinite_weights == ["model.3.conv.weight"]
+
+
+def test_a_name_that_is_no_utf8_is_written_and_drawn(tmp_path: Path) -> None:
+    """Linux has such names, and Python surrogates in their place, of which OpenCV would end the process."""
+    batch = make_batch()
+    batch["im_file"][0] = os.fsdecode(b"images/caf\xe9.jpg")
+    batch["img"][0, :, 0, 0] = NAN  # so that its picture is drawn first, with its name
+    kept(tmp_path / "12", build(), batch)
+    found = read_incident(tmp_path / "12")
+    assert found.images[0].path == "images/caf\\xe9.jpg"
+    assert cv2.imread(str(tmp_path / "12" / "batch.jpg")) is not None
 
 
 def test_an_older_capture_of_the_same_step_is_replaced(tmp_path: Path) -> None:

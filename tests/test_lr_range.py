@@ -78,6 +78,7 @@ def test_steepest_descent_is_found_and_a_flat_loss_has_none() -> None:
         (0.3, [0.003, 0.01, 0.03, 0.1, 0.3, 1.0]),
         (1.0, [0.01, 0.03, 0.1, 0.3, 1.0]),
         (5.0, [0.03, 0.1, 0.3, 1.0]),  # the host takes no rate above 1
+        (300.0, [1.0]),
         (0.001, [1e-5, 3e-5, 1e-4, 3e-4, 0.001, 0.003]),
     ],
 )
@@ -212,6 +213,7 @@ def test_command_prints_limit_grid_and_chart(
             "task=detect data=d.yaml model=m.yaml optimizer=SGD epochs=3",
             "epochs cannot be set in a range test; give st",
         ),
+        ("task=detect data=d.yaml model=m.yaml plots=True", "plots=True cannot be had in a range test, which has plots=F"),
         ("task=detect data=d.yaml model=m.yaml optimizer=SGD lr_min=0", "lr_min must be a number above 0, got 0"),
         (
             "task=detect data=d.yaml model=m.yaml optimizer=SGD lr_max=1e-6",

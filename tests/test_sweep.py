@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def test_spec_is_read_from_yaml_with_overrides(tmp_path: Path) -> None:
         ({"jobs": 0}, r"jobs must be a whole number from 1, got 0"),
         ({"seeds": []}, r"seeds must be a list of whole numbers, e\.g\. \[0, 1, 2\], none of them negative, got \[\]"),
         ({"seeds": [0, 0]}, r"seeds has 0 twice"),
+        ({"seeds": [2**32]}, r"seeds must be below 2\^32, which is numpy's own limit, got 4294967296"),
+        ({"train": {5: 1}}, r"train has the key 5, which is no word"),
         ({"executor": "slurm"}, r"executor must be local or ray, got 'slurm'"),
         ({"time_limit_s": 0}, r"time_limit_s must be a number of seconds above 0, or null, got 0"),
         (
@@ -239,6 +242,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("tiny.yaml").touch()
     Path("drawn.yaml").touch()
+    Path("images").mkdir()
     return tmp_path
 
 
@@ -309,6 +313,9 @@ def test_nothing_is_started_or_written_if_a_sweep_is_refused(folder: Path) -> No
         ("model", "elsewhere/yolo26n.yaml", False),
         ("data", "coco8.yaml", True),
         ("data", "coco9.yaml", False),
+        ("data", "images", True),  # a folder, as of a set for classification
+        ("model", "images", False),
+        ("model", "**", False),
     ],
 )
 def test_models_and_data_must_be_there(folder: Path, key: str, value: str, found: bool) -> None:
@@ -318,7 +325,7 @@ def test_models_and_data_must_be_there(folder: Path, key: str, value: str, found
         if found:
             check_files(spec)
         else:
-            with pytest.raises(SweepError, match=rf"(train|grid)\.{key}={value} does not exist"):
+            with pytest.raises(SweepError, match=rf"(train|grid)\.{key}={re.escape(value)} does not exist"):
                 check_files(spec)
 
 
@@ -338,6 +345,28 @@ def test_values_that_the_host_refuses_are_refused_before_any_trial(
         run_sweep(given | {"train": SPEC["train"] | changes.get("train", {})}, folder / "out")
     assert "\n" not in str(caught.value)
     assert not (folder / "out").exists()
+
+
+def test_a_trial_gets_its_arguments_as_they_were_given(folder: Path) -> None:
+    """Through the command line, which reads the host's values as Python, ours as YAML, and paths as they are."""
+    host = {"data": "O'Brien #2: a/d.yaml", "classes": None, "freeze": [0, 1], "cos_lr": True, "cache": False}
+    train = {"model": "tiny.yaml", "optimizer": "SGD", "epochs": 3, **host}
+    train |= {"gradstab": None, "update_clip": None, "clip.policy": "agc"}
+    spec = read_spec(SPEC | {"train": train, "grid": {}})
+    command = plan(spec, folder / "out #1")[0].command
+    config, arguments = _training_arguments(command[5:])
+    assert {key: arguments[key] for key in host if key != "data"} == {k: v for k, v in host.items() if k != "data"}
+    assert arguments["data"].endswith("O'Brien #2: a/d.yaml")
+    assert arguments["project"] == str(folder / "out #1" / "trials")
+    assert (config.update_clip, type(config.clip).__name__) == (None, "AdaptiveGradientClip")
+
+
+@pytest.mark.parametrize("content", ["guard: {divergence: rollback}", "guard.divergence: rollback", "clip: agc"])
+def test_a_file_may_say_what_a_trial_does_when_it_diverges(folder: Path, content: str) -> None:
+    (folder / "ours.yaml").write_text(content)
+    spec = read_spec(SPEC | {"train": SPEC["train"] | {"gradstab": str(folder / "ours.yaml")}, "grid": {"lr0": [0.1]}})
+    config, _ = _training_arguments(plan(spec, folder)[0].command[5:])
+    assert config.guard.divergence == ("stop" if content == "clip: agc" else "rollback")
 
 
 def test_a_sample_set_that_is_not_drawn_yet_says_how(folder: Path) -> None:

@@ -119,10 +119,10 @@ def test_parts_that_are_merged_while_they_are_read_are_read_again(
         writer.flush()
     read = pl.read_parquet
 
-    def late(path: Path) -> pl.DataFrame:
+    def late(path: Path, **options: bool) -> pl.DataFrame:
         monkeypatch.setattr(pl, "read_parquet", read)
         writer.close()
-        return read(path)
+        return read(path, **options)
 
     monkeypatch.setattr(pl, "read_parquet", late)
     assert read_parts(run.steps, STEP_SCHEMA)["step"].to_list() == [0, 1, 2]
@@ -441,3 +441,29 @@ def test_others_may_read_what_is_written(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.touch()
     assert (run.gradstab / "config.yaml").stat().st_mode == plain.stat().st_mode
+
+
+def test_a_run_whose_name_is_a_pattern_is_read_and_resumed_as_itself(tmp_path: Path) -> None:
+    for name, first in (("exp1", 100), ("exp2", 200), ("exp[12]", 300)):
+        run = RunFolder(tmp_path / name)
+        run.create({})
+        writer = PartWriter(run.steps, STEP_SCHEMA)
+        writer.append(record(first + i).row() for i in range(3))
+        writer.flush()
+    assert read_run(tmp_path / "exp[12]").steps["step"].to_list() == [300, 301, 302]
+    assert PartWriter(RunFolder(tmp_path / "exp[12]").steps, STEP_SCHEMA).drop_from(301) == 2
+    assert read_run(tmp_path / "exp[12]").steps["step"].to_list() == [300]
+
+
+def test_damaged_text_names_its_file(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.create({})
+    (tmp_path / "results.csv").write_text("epoch,a\n1,2\n2,3,4\n")
+    with pytest.raises(RunError, match=r"results\.csv: "):
+        _ = read_run(tmp_path).results
+    (tmp_path / "gradstab" / "status.json").write_bytes(b'{"outcome": "\xff"}')
+    with pytest.raises(RunError, match=r"status\.json: "):
+        _ = read_run(tmp_path).status
+    (tmp_path / "args.yaml").write_text("name: 2024-30-12\n")
+    with pytest.raises(RunError, match=r"args\.yaml: not valid YAML: month must be in 1\.\.12"):
+        _ = read_run(tmp_path).args

@@ -213,8 +213,8 @@ def _check_host_arguments(arguments: dict[str, Any], also: Sequence[str]) -> Non
 def _value(key: str, text: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UsageError(f"{key}={text}: the value is not valid YAML") from None
+    except (yaml.YAMLError, ValueError):  # such as the 30th of February
+        raise UsageError(f"{key}={text}: the value is not valid YAML; put text in quotes") from None
 
 
 # Data ----------------------------------------------------------------------------------------------------------------

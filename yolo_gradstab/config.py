@@ -326,7 +326,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"gradstab={path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         line = str(error).splitlines()[0]
         raise ConfigError(f"gradstab={path}: is not valid YAML ({line})") from None
     if not isinstance(content, dict):

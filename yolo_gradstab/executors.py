@@ -250,7 +250,7 @@ def _run_by_ray(
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
         threads = max(1, int(min(cpus / jobs, max((node.get("CPU", 0) for node in nodes), default=1))))
-        share = 0.0 if own_device else min(1.0, math.floor(gpus / jobs * 1e4) / 1e4)
+        share = 0.0 if own_device or not gpus else 1 / math.ceil(jobs / gpus)  # of one GPU: no task spans two
         task = ray.remote(_task).options(
             num_cpus=threads, num_gpus=share, max_retries=RAY_RETRIES, scheduling_strategy="SPREAD"
         )
@@ -372,7 +372,7 @@ class _Looks:
                 state.seconds = time.time() - started_s
                 newest = max(run.folder.steps.glob("*.parquet"), default=None)
                 if newest is not None:
-                    columns = pl.read_parquet(newest, columns=["step", "loss", "total_norm"])
+                    columns = pl.read_parquet(newest, columns=["step", "loss", "total_norm"], glob=False)
                     state.step, state.loss, state.total_norm = columns.row(-1)
         except (RunError, OSError, pl.exceptions.PolarsError):  # read while it is being written
             pass

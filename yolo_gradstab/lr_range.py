@@ -160,6 +160,7 @@ def suggested_grid(lr_div: float) -> list[float]:
         >>> suggested_grid(0.25)
         [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
     """
+    lr_div = min(lr_div, 100 * HIGHEST_LR0)  # of which a hundredth can still be set
     exponents = range(math.floor(math.log10(lr_div)) - 3, math.ceil(math.log10(lr_div)) + 2)
     rates = [float(f"{mantissa}e{exponent}") for exponent in exponents for mantissa in (1, 3)]
     # Widened to the next rate outside: the limit itself is uncertain by more than that.
@@ -279,6 +280,9 @@ class _Ranging:
 def _check(arguments: dict[str, Any], *, lr_min: float, lr_max: float, steps: int) -> None:
     for key in arguments.keys() & SET_BY_THE_TEST.keys():
         raise ConfigError(f"{key} cannot be set in a range test; {SET_BY_THE_TEST[key]}")
+    for key, value in {"plots": False, "save": False, "exist_ok": True}.items():
+        if arguments.get(key, value) != value:
+            raise ConfigError(f"{key}={arguments[key]} cannot be had in a range test, which has {key}={value}")
     if str(arguments.get("optimizer", OPTIMIZER)).lower() == "auto":
         raise ConfigError(
             "optimizer=auto ignores lr0, and would choose by the test's length; give e.g. SGD, MuSGD or AdamW"

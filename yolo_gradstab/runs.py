@@ -198,7 +198,7 @@ class RunFolder:
             if self.lock.is_file():  # it is still being set up, or never got further
                 return Status()
             raise RunError(f"{self.path}: no gradstab/status.json, so not a run of yolo-gradstab") from None
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             raise RunError(f"{path}: {error}") from None
 
     def read_config(self) -> dict[str, Any]:
@@ -393,7 +393,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RunError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise RunError(f"{path}: must hold keys and values, got {type(content).__name__}")

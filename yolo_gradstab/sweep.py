@@ -32,6 +32,7 @@ from yolo_gradstab.config import (
     config_keys,
     load_config,
     nearest,
+    read_config_file,
 )
 from yolo_gradstab.executors import TrialState, run_trials
 from yolo_gradstab.host import check_arguments
@@ -124,7 +125,10 @@ def read_spec(source: str | Path | Mapping[str, Any] | Spec, overrides: Mapping[
             content[section] = {**content.get(section, {}), name: value}
         else:
             content[key] = value
-    spec = _convert(where, as_numbers(content))
+    numbers = as_numbers(content)
+    if isinstance(content.get("name"), str):
+        numbers["name"] = content["name"]  # `1e-3` is no number there
+    spec = _convert(where, numbers)
     _check(where, spec)
     return spec
 
@@ -139,7 +143,7 @@ def _content(source: str | Path | Mapping[str, Any] | Spec) -> tuple[str, dict[s
         content = yaml.safe_load(source.read_text(encoding="utf-8"))
     except OSError as error:
         raise SweepError(f"{source}: cannot be read ({error.strerror}); give the path of a sweep's YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # bytes that are no text, or a day that is in no calendar
         raise SweepError(f"{source}: is not valid YAML ({one_line(error)})") from None
     if not isinstance(content, dict):
         raise SweepError(f"{source}: must hold the keys {', '.join(_ALLOWED)}, got {type(content).__name__}")
@@ -156,7 +160,7 @@ def _pairs(overrides: Mapping[str, Any] | Iterable[str]) -> Iterator[tuple[str, 
             raise SweepError(f"{text!r} is not key=value; give e.g. train.epochs=2 or seeds=[0,1]")
         try:
             yield key, yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             raise SweepError(f"{key}={value} is not valid YAML; give e.g. seeds=[0,1]") from None
 
 
@@ -164,6 +168,8 @@ def _convert(where: str, content: dict[str, Any]) -> Spec:
     for key, value in content.items():
         if key not in _ALLOWED:
             raise SweepError(f"{where}: unknown key {key}={value!r}{nearest(str(key), _ALLOWED)}")
+        if isinstance(value, dict) and (wrong := [name for name in value if not isinstance(name, str)]):
+            raise SweepError(f"{where}: {key} has the key {wrong[0]!r}, which is no word; give names of arguments")
     for key, values in content["grid"].items() if isinstance(content.get("grid"), dict) else ():
         if not isinstance(values, list) or not values:
             raise SweepError(f"{where}: grid.{key} must be a list of at least one value, got {values!r}")
@@ -197,6 +203,8 @@ def _check(where: str, spec: Spec) -> None:
             raise SweepError(f"{where}: {name} has {twice[0]!r} twice; give each value once")
     if not spec.seeds or min(spec.seeds) < 0:
         raise SweepError(f"{where}: seeds must be {_ALLOWED['seeds']}, none of them negative, got {spec.seeds}")
+    if max(spec.seeds) >= 2**32:
+        raise SweepError(f"{where}: seeds must be below 2^32, which is numpy's own limit, got {max(spec.seeds)}")
     if spec.jobs < 1:
         raise SweepError(f"{where}: jobs must be {_ALLOWED['jobs']}, got {spec.jobs}")
     if spec.time_limit_s is not None and not (math.isfinite(spec.time_limit_s) and spec.time_limit_s > 0):
@@ -257,7 +265,8 @@ def check_files(spec: Spec) -> None:
     for key, folder in (("model", "models"), ("data", "datasets")):
         section = "train" if key in spec.train else "grid"
         for value in [spec.train[key]] if key in spec.train else spec.grid[key]:
-            if not _is_found(str(value), _host_folder() / "cfg" / folder):
+            is_folder = key == "data" and Path(str(value)).is_dir()  # as a set for classification is
+            if not is_folder and not _is_found(str(value), _host_folder() / "cfg" / folder):
                 drawn = "; draw it first: yolo-gradstab data sample out=" + str(Path(str(value)).parent)
                 advice = f"{drawn} task={spec.task}" if "sample" in str(value) else "; give the path of a file"
                 raise SweepError(f"{section}.{key}={value} does not exist{advice}")
@@ -274,11 +283,11 @@ def _check_values(spec: Spec) -> None:
 
 
 def _is_found(name: str, host: Path) -> bool:
-    """A path here, an address, weights the host can fetch by name, or a YAML file of its own, `26n` being `26`."""
-    if Path(name).exists() or "://" in name or (name.endswith(".pt") and "/" not in name):
+    """A file here, an address, weights the host can fetch by name, or a YAML file of its own, `26n` being `26`."""
+    if Path(name).is_file() or "://" in name or (name.endswith(".pt") and "/" not in name):
         return True
     stem = re.sub(r"(\d+)[nsblmx](.*)$", r"\1\2", Path(name).stem)
-    return Path(name).name == name and any(host.rglob(f"{stem}.yaml"))
+    return Path(name).name == name and any(path.stem == stem for path in host.rglob("*.yaml"))
 
 
 def _is_ours(key: str) -> bool:
@@ -321,8 +330,11 @@ def trial_at(point: dict[str, Any], seed: int, spec: Spec, out: str | Path) -> T
     # In the host this rate is absolute: left at 0.1, biases would start 100 times hotter than the rest at
     # lr0=0.001, and the sweep would vary two things.
     arguments.setdefault("warmup_bias_lr", float(f"{min(0.1, 10 * lr0):.12g}"))
-    # A sweep measures what a policy does by itself: a run that has diverged is ended there, and not rescued.
-    arguments.setdefault("guard.divergence", "stop")
+    # A sweep measures what a policy does by itself: a run that has diverged is ended there, and not rescued, unless
+    # that is asked for, in a file too.
+    content = read_config_file(arguments["gradstab"]) if arguments.get("gradstab") else {}
+    if "guard.divergence" not in content and "divergence" not in (content.get("guard") or {}):
+        arguments.setdefault("guard.divergence", "stop")
     identity = {"task": spec.task, "arguments": arguments, "seed": seed}
     if arguments.get("gradstab"):  # what the file says, which may be changed under the same name
         identity["configuration"] = _configuration(arguments)
@@ -341,8 +353,19 @@ def trial_at(point: dict[str, Any], seed: int, spec: Spec, out: str | Path) -> T
 def trial_command(task: str, arguments: Mapping[str, Any], folder: Path) -> list[str]:
     """What trains one trial into this folder."""
     place = {"project": str(folder.parent.absolute()), "name": folder.name, "exist_ok": True}
-    given = [f"{key}={flow(value)}" for key, value in {**arguments, **place}.items()]
-    return [sys.executable, "-m", "yolo_gradstab", task, "train", *given]
+    given = {key: value for key, value in {**arguments, **place}.items() if (key, value) != ("gradstab", None)}
+    words = [f"{key}={_word(key, value)}" for key, value in given.items()]
+    return [sys.executable, "-m", "yolo_gradstab", task, "train", *words]
+
+
+def _word(key: str, value: Any) -> str:
+    """A value as a command line has it: ours in YAML, the host's text and paths as they are.
+
+    It reads its null, and what may be null in a list, in Python's words alone.
+    """
+    if isinstance(value, str) and (key == "gradstab" or not _is_ours(key)):
+        return value
+    return repr(value) if not _is_ours(key) and (value is None or isinstance(value, list)) else flow(value)
 
 
 def _points(spec: Spec) -> list[dict[str, Any]]:

@@ -177,7 +177,7 @@ class PartWriter:
             path.unlink()
         dropped = 0
         for path in reversed(paths):
-            part = pl.read_parquet(path)
+            part = pl.read_parquet(path, glob=False)
             keep = part.filter(pl.col("step") < step)
             dropped += len(part) - len(keep)
             if len(keep) < len(part):
@@ -223,7 +223,7 @@ def read_parts(folder: Path, schema: dict[str, type[pl.DataType]]) -> pl.DataFra
 
 def _read_part(path: Path) -> pl.DataFrame:
     try:
-        return pl.read_parquet(path)
+        return pl.read_parquet(path, glob=False)  # its name may hold [ or *
     except pl.exceptions.PolarsError as error:
         raise RunError(f"{path}: {one_line(error)}") from None
 
@@ -315,7 +315,10 @@ class Run:
         whole = content[: content.rfind(b"\n") + 1]  # a full disk leaves half a row, or an empty file
         if not whole:
             return pl.DataFrame()
-        table = pl.read_csv(whole, infer_schema_length=None)
+        try:
+            table = pl.read_csv(whole, infer_schema_length=None)
+        except pl.exceptions.PolarsError as error:
+            raise RunError(f"{path}: {one_line(error)}") from None
         return table.rename({name: name.strip() for name in table.columns})
 
     @cached_property

@@ -113,6 +113,7 @@ class TrialProcess:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self.stopping = False
+        self.timed_out = False  # and was stopped for that
 
     def run(self, command: list[str], output: Any, environment: Mapping[str, str], **options: Any) -> int | None:
         """Start it and return its exit status, or nothing where it was not let come to its own end."""
@@ -135,6 +136,7 @@ class TrialProcess:
             # With a limit in any case: such a wait is made of short ones, between which Ray's cancelling gets through.
             status = self._process.wait(FOREVER_S if time_limit_s is None else time_limit_s)
         except subprocess.TimeoutExpired:
+            self.timed_out = not self.stopping
             self.stop()
         return None if self.stopping else status
 
@@ -202,10 +204,7 @@ def run_trial(
         log = folder / "trials" / f"{trial.id}.log"
         with log.open("wb") as output:
             status = process.run(trial.command, output, environment, time_limit_s=time_limit_s, held=held, cwd=cwd)
-        limit_s = (
-            time_limit_s if status is None and time.monotonic() - started_s >= (time_limit_s or math.inf) else None
-        )
-        _settle(path, status, limit_s, log)
+        _settle(path, status, time_limit_s if process.timed_out else None, log)
     return time.monotonic() - started_s
 
 

@@ -167,3 +167,19 @@ def test_repeated_id(build: Builder, part: str, message: str) -> None:
 def test_file_listed_under_two_ids(build: Builder) -> None:
     message = refused(build.write(build.coco(images=[build.image(), build.image(id=2)])))
     assert message.startswith("image 2: file_name 'a.png' is that of image 1 too")
+    message = refused(build.write(build.coco(images=[build.image(), build.image(id=2, file_name="./a.png")])))
+    assert message.startswith("image 2: file_name './a.png' is that of image 1 too")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"images": [], "annotations": [], "categories": [], "more": ' + "[" * 10**5 + "]" * 10**5 + "}",
+        '{"images": [{"id": "x"}], "images": []}',
+        '{"images": [{"id": ' + "1" * 5000 + "}]}",
+    ],
+)
+def test_what_no_reader_can_take_is_one_line(build: Builder, text: str) -> None:
+    path = build.write(build.coco())
+    path.write_text(text)
+    assert refused(path).startswith("is not COCO JSON: ")

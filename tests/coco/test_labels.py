@@ -23,7 +23,7 @@ from yolo_gradstab.coco.images import find_images, image_folders, read_image_siz
 from yolo_gradstab.coco.keypoints import flip_index
 from yolo_gradstab.coco.labels import CocoLabels, make_labels
 from yolo_gradstab.coco.people import KEYPOINTS
-from yolo_gradstab.coco.segments import RunLengths, decode_run_lengths, join_outlines
+from yolo_gradstab.coco.segments import RunLengths, cut_outline, decode_run_lengths, join_outlines
 
 from .conftest import Builder
 
@@ -230,6 +230,35 @@ def test_index_slice_and_iteration_give_the_same_image(build: Builder) -> None:
             np.testing.assert_allclose([outline[:, 0].min() for outline in image.segments], lefts, rtol=1e-6)
     with pytest.raises(IndexError):
         images[4]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_outlines_are_cut_at_the_border_as_their_pixels_are(seed: int) -> None:
+    """Against drawing them on a larger canvas, and cutting the picture."""
+    random = np.random.default_rng(seed)
+    angles = np.sort(random.uniform(0, 2 * np.pi, 7))
+    spokes = random.uniform(40, 300, (7, 1)) * np.stack([np.cos(angles), np.sin(angles)], 1)
+    outline = random.uniform(-100, 400, 2) + spokes
+    cut = cut_outline(outline, np.array([300.0, 200.0]))
+
+    def drawn(points: Any) -> Any:
+        canvas = np.zeros((1400, 1600), np.uint8)
+        cv2.fillPoly(canvas, [np.round(points + 600).astype(np.int32)], 1) if len(points) else None
+        return canvas[601:799, 601:899]
+
+    assert (drawn(outline) != drawn(cut)).mean() < 0.01  # rounding of slanted sides
+    assert len(cut) == 0 or (cut.min() >= 0 and (cut <= [300, 200]).all())
+
+
+def test_a_segment_that_leaves_the_image_is_cut_and_counted(build: Builder) -> None:
+    """100 by 80: a corner whose cut is the whole image, and a second part that lies outside and is left out."""
+    corner = [[0, 0, 250, 0, 0, 250]]
+    parts = [[10, 10, 20, 10, 20, 20, 10, 20], [150, 40, 200, 40, 200, 90, 150, 90]]
+    coco = segmented(build, corner, parts)
+    labels = labels_of(build, coco, task="segment")
+    assert labels.clipped == [0, 1]
+    boxes = np.concatenate([image.boxes for image in labels.images]) * [100, 80, 100, 80]
+    np.testing.assert_allclose(boxes, [[50, 40, 100, 80], [15, 15, 10, 10]], rtol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [None, [], [[1, 2, 3, 4]], [[5, 5, 6, 6, 7, 5]], [[200, 5, 206, 6, 207, 5]]])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ def _decode(path: Path, kind: type[T]) -> T:
     raw = path.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte-order mark is common on Windows, and harmless
     try:
         return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CocoError(f"{path}: {_explain(raw, error)}") from None
 
 
@@ -182,13 +183,16 @@ def _explain(raw: bytes, error: Exception) -> str:
         return f"is not JSON: {syntax.msg} at line {syntax.lineno} column {syntax.colno} (character {syntax.pos})"
     except UnicodeDecodeError as text:
         return f"is not JSON: byte {text.start} is not UTF-8; save it as UTF-8"
-    except RecursionError:
+    except (RecursionError, ValueError):  # nested without end, or a number of thousands of digits
         return f"is not COCO JSON: {error}"
     if isinstance(error, msgspec.ValidationError):
         match = _MSGSPEC_PATH.match(str(error))
         problem, path = match.group("problem", "path") if match else (str(error), "$")
         steps: list[str | int] = [int(index) if index else key for key, index in _PATH_STEP.findall(path)]
-        return _locate(data, steps, problem[:1].lower() + problem[1:])
+        try:
+            return _locate(data, steps, problem[:1].lower() + problem[1:])
+        except (LookupError, TypeError):  # a key that is there twice: Python keeps the last, msgspec read the first
+            return f"is not COCO JSON: {error}"
     # JSON has no NaN or Infinity, yet Python writes them and reads them back: what msgspec refused was such a number.
     for steps, value in _non_finite(data, []):
         return _locate(data, steps, f"not a finite number (JSON has no {value})")
@@ -244,7 +248,7 @@ def _check_images(path: str, images: list[CocoImage]) -> None:
                 f"{path}: image {image.id}: file_name {image.file_name!r} must be a relative path inside the image "
                 "folder, without `..`"
             )
-        if (other := owners.setdefault(image.file_name, image.id)) != image.id:
+        if (other := owners.setdefault(os.path.normpath(image.file_name), image.id)) != image.id:
             raise CocoError(
                 f"{path}: image {image.id}: file_name {image.file_name!r} is that of image {other} too; "
                 "each image may be listed once"

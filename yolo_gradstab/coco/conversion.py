@@ -48,8 +48,8 @@ def convert_coco(
     already and holds anything else is left alone, and stops the conversion before it has written anything.
 
     Raises:
-        CocoError: If an image is missing, unreadable or of another size than the JSON says, two images share a stem, or
-            `out` holds other labels for these images.
+        CocoError: If an image is missing, none by its header or of another size than the JSON says, two images share a
+            stem, or `out` holds other labels for these images.
     """
     check_task(task)
     annotations = read_coco(coco, segments=task == "segment")
@@ -121,7 +121,7 @@ def _refuse_other_labels(labels: CocoLabels, targets: dict[str, Path], folder: P
         target = targets[image.file]
         if not target.exists():
             continue
-        if target.read_bytes() != _text(image).encode():
+        if target.is_dir() or target.read_bytes() != _text(image).encode():
             raise CocoError(
                 f"out: {target} exists and holds other labels than {PurePath(image.file).name} has now; give another "
                 "folder, or remove the old labels"

@@ -280,7 +280,7 @@ def _say_what_is_unused(report: CheckReport, prefix: str) -> None:
 def _load_yaml(file: Path) -> dict[str, Any] | None:
     try:
         raw = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise CocoError(f"{file}: is not YAML: {one_line(error)}") from None
     if isinstance(raw, dict) and "val" not in raw and "validation" in raw:
         raw["val"] = raw.pop("validation")  # the host takes this name too

@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from yolo_gradstab.coco.annotations import CocoAnnotations, CocoCategory, CocoError, CocoImage, SegmentedAnnotation
 from yolo_gradstab.coco.keypoints import KeypointLayout, keypoint_layout
-from yolo_gradstab.coco.segments import join_outlines, read_outlines
+from yolo_gradstab.coco.segments import cut_outline, join_outlines, read_outlines
 
 __all__ = [
     "REASONS",
@@ -218,7 +218,7 @@ def make_labels(coco: CocoAnnotations, files: Mapping[int, str], *, task: str) -
     columns = _columns(coco, files)
     boxes, cut = _clip_boxes(columns)
     points = _read_keypoints(coco, layout, columns) if layout else None
-    outlines = _read_segments(coco, columns) if task == "segment" else {}
+    outlines = _read_segments(coco, columns, cut) if task == "segment" else {}
     rows = _rows(columns, boxes, points, outlines)
     columns.reject(_repeated(columns, rows, outlines), "duplicate")
     used = columns.used()
@@ -310,15 +310,17 @@ def _read_keypoints(coco: CocoAnnotations, layout: KeypointLayout, columns: _Col
     return _Keypoints(values=values, num_outside=outside.sum(1))
 
 
-def _read_segments(coco: CocoAnnotations, columns: _Columns) -> dict[int, Labels]:
-    """Return an outline for each annotation that is still used and has one, by position."""
+def _read_segments(coco: CocoAnnotations, columns: _Columns, cut: Mask) -> dict[int, Labels]:
+    """Return an outline for each annotation that is still used and has one, by position; mark those it cuts."""
     outlines: dict[int, Labels] = {}
     missing = np.zeros(len(coco.annotations), np.bool_)
     for index in columns.used().tolist():
         annotation, image = coco.annotations[index], coco.images[columns.image[index]]
         assert isinstance(annotation, SegmentedAnnotation), "the task segment needs read_coco(..., segments=True)"
-        parts = read_outlines(annotation, image, coco.path)
-        inside = [np.clip(part, 0, columns.size[index]) / columns.size[index] for part in parts]
+        whole, size = read_outlines(annotation, image, coco.path), columns.size[index]
+        parts = [cut_outline(part, size) for part in whole]
+        cut[index] |= any(part is not before for part, before in zip(parts, whole, strict=True))
+        inside = [part / size for part in parts if len(part)]
         if inside and (np.ptp(np.concatenate(inside), axis=0) > 0).all():
             outlines[index] = join_outlines(inside).astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
         else:

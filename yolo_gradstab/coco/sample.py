@@ -50,11 +50,13 @@ def draw_sample(out: str | Path, *, task: str = "detect", images: int = 96, size
     folder = Path(out)
     heading = f"# Drawn by yolo_gradstab: task={task} images={images} size={size} seed={seed}\n"
     _check_folder(folder, heading)
+    folder.mkdir(parents=True, exist_ok=True)
+    yaml_file = folder / "data.yaml"
+    yaml_file.write_text(heading, encoding="utf-8", newline="\n")  # by which a drawing that was cut off is known again
     num_val = max(1, round(images / 3))
     splits = {"train": range(images - num_val), "val": range(images - num_val, images)}
     for split, indices in splits.items():
         _write_split(folder, split, indices, task=task, size=size, seed=seed)
-    yaml_file = folder / "data.yaml"
     yaml_file.write_text(heading + _data_yaml(task), encoding="utf-8", newline="\n")
     return yaml_file
 

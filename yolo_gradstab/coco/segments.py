@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from yolo_gradstab.coco.annotations import CocoError, CocoImage, SegmentedAnnotation
 
-__all__ = ["Outline", "RunLengths", "decode_run_lengths", "join_outlines", "read_outlines"]
+__all__ = ["Outline", "RunLengths", "cut_outline", "decode_run_lengths", "join_outlines", "read_outlines"]
 
 Outline = npt.NDArray[np.float64]  # (points, 2): x, y in pixels
 
@@ -63,6 +63,33 @@ def decode_run_lengths(shape: RunLengths) -> npt.NDArray[np.uint8]:
         raise ValueError(f"run lengths sum to {sum(counts)}, but size {height}x{width} has {height * width} pixels")
     values = np.arange(len(counts)) % 2
     return np.repeat(values.astype(np.uint8), counts).reshape(width, height).T
+
+
+def cut_outline(outline: Outline, size: npt.NDArray[np.float64]) -> Outline:
+    """The part of an outline within the image, of no points where there is none.
+
+    Args:
+        outline: Points in order.
+        size: Width and height of the image.
+
+    References:
+        Sutherland, Hodgman 1974, "Reentrant polygon clipping": one side of the image after the other.
+    """
+    for axis, bound, sign in ((0, 0.0, 1), (0, size[0], -1), (1, 0.0, 1), (1, size[1], -1)):
+        depth = sign * (outline[:, axis] - bound)
+        if (depth >= 0).all():
+            continue
+        points = []
+        for i in range(len(outline)):
+            if (depth[i] >= 0) != (depth[i - 1] >= 0):
+                share = depth[i - 1] / (depth[i - 1] - depth[i])
+                crossing = outline[i - 1] + share * (outline[i] - outline[i - 1])
+                crossing[axis] = bound
+                points.append(crossing)
+            if depth[i] >= 0:
+                points.append(outline[i])
+        outline = np.array(points).reshape(-1, 2)
+    return outline
 
 
 def join_outlines(outlines: Sequence[Outline]) -> Outline:
