@@ -213,7 +213,10 @@ def test_command_prints_limit_grid_and_chart(
             "task=detect data=d.yaml model=m.yaml optimizer=SGD epochs=3",
             "epochs cannot be set in a range test; give st",
         ),
-        ("task=detect data=d.yaml model=m.yaml plots=True", "plots=True cannot be had in a range test, which has plots=F"),
+        (
+            "task=detect data=d.yaml model=m.yaml plots=True",
+            "plots=True cannot be had in a range test, which has plots=F",
+        ),
         ("task=detect data=d.yaml model=m.yaml optimizer=SGD lr_min=0", "lr_min must be a number above 0, got 0"),
         (
             "task=detect data=d.yaml model=m.yaml optimizer=SGD lr_max=1e-6",

@@ -280,9 +280,9 @@ class _Ranging:
 def _check(arguments: dict[str, Any], *, lr_min: float, lr_max: float, steps: int) -> None:
     for key in arguments.keys() & SET_BY_THE_TEST.keys():
         raise ConfigError(f"{key} cannot be set in a range test; {SET_BY_THE_TEST[key]}")
-    for key, value in {"plots": False, "save": False, "exist_ok": True}.items():
-        if arguments.get(key, value) != value:
-            raise ConfigError(f"{key}={arguments[key]} cannot be had in a range test, which has {key}={value}")
+    for key, its_own in {"plots": False, "save": False, "exist_ok": True}.items():
+        if arguments.get(key, its_own) != its_own:
+            raise ConfigError(f"{key}={arguments[key]} cannot be had in a range test, which has {key}={its_own}")
     if str(arguments.get("optimizer", OPTIMIZER)).lower() == "auto":
         raise ConfigError(
             "optimizer=auto ignores lr0, and would choose by the test's length; give e.g. SGD, MuSGD or AdamW"
