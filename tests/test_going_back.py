@@ -252,12 +252,13 @@ def test_a_resume_after_going_back_equals_the_uninterrupted_run_and_can_go_back(
 
 
 def test_a_run_without_a_clip_that_went_back_has_stocks_from_there_on_also_when_resumed(
-    drawn: dict[str, DrawnSet], tmp_path: Path
+    drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(trainer: Any) -> None:
         if trainer.epoch == 5:
             raise InterruptionError
 
+    monkeypatch.setattr("yolo_gradstab.trainer.LARGEST_UNCLIPPED_RATIO", 0.012)
     config = {"clip": "none", "guard.backoff": 0.8, "telemetry.layers_every": 1}
     with pytest.raises(InterruptionError):
         arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=7, lr0=0.05, val=False)
@@ -265,10 +266,10 @@ def test_a_run_without_a_clip_that_went_back_has_stocks_from_there_on_also_when_
     YOLO(tmp_path / "run/weights/last.pt").train(resume=True, trainer=trainer_for("detect", config))
     run = read_run(tmp_path / "run")
     (back,) = [event for event in run.events if event["event"] == "rollback"]
-    # Its updates had been several times what is aimed at with a clip, which would be more than two backoffs.
+    # Its updates, several times the 0.01 aimed at, would be four backoffs and more, and what is believed of them one.
     moved = run.layers.filter(pl.col("step") < 15, pl.col("weight_norm") > 0).group_by("step")
     assert moved.agg(pl.col("update_ratio").median())["update_ratio"].max() > 0.02
-    assert (back["step"], back["lr_factor"], back["clip"]) == (15, pytest.approx(0.64), "norm")
+    assert (back["step"], back["lr_factor"], back["clip"]) == (15, 0.8, "norm")
     norms, coefs = run.steps["total_norm"].to_list(), run.steps["clip_coef"].to_list()
     assert (coefs[:16], max(norms[:15]) > 10) == ([1.0] * 16, True)
     assert coefs[16:] == pytest.approx([min(1, 10 / norm) for norm in norms[16:]], rel=1e-4)
