@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
+from yolo_gradstab.coco import sample
 from yolo_gradstab.coco.annotations import CocoError
 from yolo_gradstab.coco.check import check_coco
 from yolo_gradstab.coco.keypoints import flip_index
@@ -176,3 +177,21 @@ def test_folder_with_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(CocoError, match=r"out: .*file is a file"):
         draw_sample(tmp_path / "file", images=2, size=32)
+
+
+def test_a_drawing_that_was_cut_off_is_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = sample._write_split
+
+    def interrupted(folder: Path, split: str, *args: Any, **kwargs: Any) -> None:
+        if split == "val":
+            raise KeyboardInterrupt
+        write(folder, split, *args, **kwargs)
+
+    monkeypatch.setattr(sample, "_write_split", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        draw_sample(tmp_path / "set", images=4, size=64)
+    monkeypatch.setattr(sample, "_write_split", write)
+    again, whole = (draw_sample(tmp_path / name, images=4, size=64).parent for name in ("set", "whole"))
+    files = [path.relative_to(whole) for path in whole.rglob("*") if path.is_file()]
+    assert len(files) == 7  # four images, two JSON files, the YAML
+    assert all((again / file).read_bytes() == (whole / file).read_bytes() for file in files)
