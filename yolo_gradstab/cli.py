@@ -373,11 +373,9 @@ def _time_left(states: list[Any], ended: list[Any], running: list[Any]) -> str:
 
 def _lr_range(words: list[str]) -> int:
     """Raise the rate until training breaks; print where, a chart, and the grid to sweep."""
-    from yolo_gradstab.lr_range import SET_BY_THE_TEST, run_lr_range
+    from yolo_gradstab.lr_range import refuse_keys, run_lr_range
 
-    for key in (word.partition("=")[0] for word in words):
-        if key in SET_BY_THE_TEST:
-            raise UsageError(f"{key} cannot be set in a range test; {SET_BY_THE_TEST[key]}")
+    refuse_keys(word.partition("=")[0] for word in words)  # ours among them, whose defaults are in the configuration
     names = ("task", "lr_min", "lr_max", "steps", "out")
     own = _pairs([word for word in words if word.partition("=")[0] in names])
     config, arguments = _training_arguments([word for word in words if word.partition("=")[0] not in names], names)

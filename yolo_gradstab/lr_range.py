@@ -15,7 +15,7 @@ import math
 import os
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from yolo_gradstab.runs import make_out, replacing
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["SET_BY_THE_TEST", "RangeTest", "Result", "run_lr_range", "suggested_grid"]
+__all__ = ["RangeTest", "Result", "refuse_keys", "run_lr_range", "suggested_grid"]
 
 SMOOTHING = 0.95
 FIRST_STEPS = 10  # while the running mean of the loss settles
@@ -277,9 +277,19 @@ class _Ranging:
         """Nothing: to be lost is what the test is for."""
 
 
+def refuse_keys(keys: Iterable[str]) -> None:
+    """Refuse what the test decides by itself.
+
+    Raises:
+        ConfigError: One line naming the key.
+    """
+    for key in keys:
+        if key in SET_BY_THE_TEST:
+            raise ConfigError(f"{key} cannot be set in a range test; {SET_BY_THE_TEST[key]}")
+
+
 def _check(arguments: dict[str, Any], *, lr_min: float, lr_max: float, steps: int) -> None:
-    for key in arguments.keys() & SET_BY_THE_TEST.keys():
-        raise ConfigError(f"{key} cannot be set in a range test; {SET_BY_THE_TEST[key]}")
+    refuse_keys(arguments)
     for key, its_own in {"plots": False, "save": False, "exist_ok": True}.items():
         if arguments.get(key, its_own) != its_own:
             raise ConfigError(f"{key}={arguments[key]} cannot be had in a range test, which has {key}={its_own}")

@@ -275,9 +275,8 @@ def check_files(spec: Spec) -> None:
 def _check_values(spec: Spec) -> None:
     """Refuse what the host would refuse in every trial; not part of reading a spec, since it loads the host."""
     for point in _points(spec):
-        arguments = _dotted(spec.train) | _dotted(point)
         try:
-            check_arguments({key: value for key, value in arguments.items() if not _is_ours(key)})
+            check_arguments(_resolved(spec.name, spec, point)["host"])
         except (TypeError, ValueError) as error:
             raise SweepError(f"{flow(point)}: {error}") from None
 
