@@ -385,6 +385,22 @@ def test_a_run_that_was_given_a_clip_when_it_went_back_is_advised_to_have_one() 
     assert (found[0].kind, found[0].advice) == ("lr_too_high", expected)
 
 
+def test_a_run_that_its_bound_alone_holds_together_is_told_to_have_a_clip() -> None:
+    warning = {"event": "warning", "step": 9, "kind": "unbounded_ratio", "layer": None, "value": 65.1, "limit": 0.3}
+    back = {"event": "rollback", "step": 10, "kind": "unbounded_ratio", "reason": "", "to_step": 0, "lr_factor": 0.5}
+    config = {"clip": {"policy": "none"}, "update_clip": {"max_ratio": 0.03}}
+    watched = the("lr_too_high", run(events=[warning], config=config))
+    guarded = the("lr_too_high", run(events=[warning, back | {"clip": "norm"}], config=config))
+    for finding in (watched, guarded):
+        assert finding.severity == "warning"
+        assert finding.message.startswith("update_clip alone holds the weights together")
+        assert finding.evidence["the same without update_clip"] == Measured(65.1, 0.3)
+    assert watched.advice.endswith("or clip the gradient with clip=norm.")
+    assert guarded.advice == "Set clip=norm and lr0=0.005, with which the run went on after its last rollback."
+    other = the("lr_too_high", run(events=[warning | {"kind": "update_ratio"}, back | {"kind": "update_ratio"}]))
+    assert "update_clip alone" not in other.message
+
+
 def test_a_run_that_was_saved_has_warnings_that_still_name_the_cause() -> None:
     loss = np.where((np.arange(NUM) >= 60) & (np.arange(NUM) < 64), 3e4, 150.0)
     events = [

@@ -277,6 +277,38 @@ def test_a_run_without_a_clip_that_went_back_has_stocks_from_there_on_also_when_
     assert run.config["clip"] == {"policy": "none"}  # as it was asked for
 
 
+def test_a_bound_that_alone_holds_the_updates_back_is_given_stocks_clip_beside_it(
+    drawn: dict[str, DrawnSet], tmp_path: Path
+) -> None:
+    found: dict[str, Any] = {}
+    for name, keys in {
+        "alone": {"clip": "none"},
+        "watched": {"clip": "none", "guard.divergence": "off"},
+        "clipped": {"clip": "norm"},
+    }.items():
+        arguments = drawn["detect"].arguments(tmp_path, name=name, epochs=5, lr0=1.0, val=False)
+        train(trainer_for("detect", {"update_clip": 0.03, **keys}), arguments)
+        found[name] = read_run(tmp_path / name)
+    kinds = {
+        name: [(event["event"], event["kind"]) for event in run.events if "kind" in event]
+        for name, run in found.items()
+    }
+    assert kinds["alone"][:2] == [("warning", "unbounded_ratio"), ("rollback", "unbounded_ratio")]
+    assert kinds["watched"] == [("warning", "unbounded_ratio")]
+    assert not any(kind == "unbounded_ratio" for _, kind in kinds["clipped"])
+    (back,) = [event for event in found["alone"].events if event["event"] == "rollback"]
+    step = back["step"]
+    assert (back["to_step"], back["lr_factor"], back["clip"]) == (0, 0.5, "norm")
+    assert step == found["watched"].events[0]["step"] + 1  # a look is read with the next step's norm
+    coefs, norms, shares = (
+        found["alone"].steps[name].to_list() for name in ("clip_coef", "total_norm", "bounded_share")
+    )
+    assert coefs[: step + 1] == [1.0] * (step + 1)
+    assert coefs[step + 1 :] == pytest.approx([min(1, 10 / norm) for norm in norms[step + 1 :]], rel=1e-4)
+    assert min(shares[step - 10 : step]) > 0.5  # what the warning is about: most tensors were bounded
+    assert found["alone"].steps["loss"].to_list()[:step] == found["watched"].steps["loss"].to_list()[:step]
+
+
 def test_batches_that_the_host_has_drawn_are_kept_as_they_went_in(
     drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

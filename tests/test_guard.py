@@ -264,6 +264,34 @@ def test_variances_and_updates_are_looked_at_too() -> None:
     assert looks([1, 1, math.nan]) == [None, None, "weight_growth model.1 nan"]
 
 
+def test_updates_that_only_the_bound_holds_back_are_unrest_at_the_tenth_look_in_a_row() -> None:
+    def found(ratios: list[float | None]) -> list[int]:
+        watch = HealthWatch()
+        seen = [
+            watch.look(i, weight_norms={"a": 1.0}, running_var=1.0, update_ratio=0.03, unbounded_ratio=ratio)
+            for i, ratio in enumerate(ratios)
+        ]
+        assert {unrest.kind for unrest in seen if unrest} <= {"unbounded_ratio"}
+        return [i for i, unrest in enumerate(seen) if unrest]
+
+    # recorded (drawn pose, no clip, update_clip 0.03): SGD at 1.0 learned nothing; AdamW at 0.01 is its best rate
+    at_one = [2.1, 107.9, 157.3, 195.6, 168.2, 191.1, 205.2, 196.5, 183.7, 189.0, 196.0, 200.2]
+    at_hundredth = [0.0866, 0.0573, 0.0429, 0.0347, 0.0289, 0.0255, 0.0232, 0.0197, 0.0168, 0.0161, 0.0157, 0.0155]
+    assert found(at_one) == [9, 10, 11]
+    assert found(at_hundredth) == []
+    assert found([0.31] * 9 + [0.29] + [0.31] * 9) == []  # not in a row
+    assert found([0.31] * 9 + [None] + [0.31] * 10) == [19]
+    assert found([math.nan] * 10) == [9]
+    watch = HealthWatch()
+    for i in range(10):
+        unrest = watch.look(i, weight_norms={"a": 1.0}, running_var=1.0, unbounded_ratio=2.0)
+    assert unrest is not None
+    assert unrest.reason == (
+        "without update_clip the median layer would have moved by 2 of its weights in one step, "
+        "the last of 10 such looks (limit 0.3)"
+    )
+
+
 def test_early_steps_are_looked_at_one_by_one_and_compared_over_ten() -> None:
     assert [step for step in range(41) if is_look(step)] == [*range(20), 20, 25, 30, 35, 40]
     watch = HealthWatch()

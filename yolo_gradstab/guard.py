@@ -93,6 +93,7 @@ EARLY_STEPS = 20  # that are looked at one by one: a rate that is far too high d
 UNREST_GROWTH = ((10, 4.0), (40, 5.0))  # within so many steps, so many times
 UNREST_VARIANCE = (10, 70.0)
 UNREST_RATIO = 0.3
+UNBOUNDED_LOOKS = 10  # in a row beyond it, of what an update would have been without its bound
 BEARABLE_RATIO = 0.01  # median update over weight that a lowered rate is aimed at
 LARGEST_RATIO = 1.0  # that is believed: one torn step must not lower the rate to nothing
 # The same of a run that was not clipped, and will be: its updates tell the size of a blow-up, and hardly how far the
@@ -107,7 +108,7 @@ SPIKE_SPREAD = 0.05  # least standard deviation of a log-norm: equal norms must 
 SPIKES_IN_A_ROW = 10  # after which the level is believed to be a new one
 
 
-UnrestKind = Literal["weight_growth", "running_var", "update_ratio"]
+UnrestKind = Literal["weight_growth", "running_var", "update_ratio", "unbounded_ratio"]
 
 
 class Divergence(msgspec.Struct, frozen=True):
@@ -276,7 +277,7 @@ class Unrest(msgspec.Struct, frozen=True):
     layer: str | None
     value: float
     limit: float
-    steps: int  # within which it grew
+    steps: int  # within which it grew; looks in a row, of `unbounded_ratio`
 
     @property
     def reason(self) -> str:
@@ -284,6 +285,9 @@ class Unrest(msgspec.Struct, frozen=True):
         value, limit = f"{self.value:.3g}", f"(limit {self.limit:g})"
         if self.kind == "update_ratio":
             return f"the median layer moved by {value} of its weights in one step {limit}"
+        if self.kind == "unbounded_ratio":
+            would = f"would have moved by {value} of its weights in one step"
+            return f"without update_clip the median layer {would}, the last of {self.steps} such looks {limit}"
         grew = "a BatchNorm variance has" if self.layer is None else f"the weights of {self.layer} have"
         return f"{grew} grown {value} times within {self.steps} steps {limit}"
 
@@ -303,9 +307,16 @@ class HealthWatch(msgspec.Struct):
     weight_norms: list[dict[str, float]] = msgspec.field(default_factory=list)
     running_vars: list[float] = msgspec.field(default_factory=list)
     highest_ratio: float = 0.0  # of the median updates that were measured
+    num_unbounded: int = 0  # looks in a row
 
     def look(
-        self, step: int, *, weight_norms: dict[str, float], running_var: float, update_ratio: float | None = None
+        self,
+        step: int,
+        *,
+        weight_norms: dict[str, float],
+        running_var: float,
+        update_ratio: float | None = None,
+        unbounded_ratio: float | None = None,
     ) -> Unrest | None:
         """Compare the model with how it was a number of steps before, or at the start if that is nearer.
 
@@ -314,6 +325,8 @@ class HealthWatch(msgspec.Struct):
             weight_norms: Per layer.
             running_var: The largest of the model's BatchNorm variances.
             update_ratio: Median over the layers of the update's norm over the weights', where it was measured.
+            unbounded_ratio: The same as it would have been without `update_clip`, for a run whose gradient is not
+                clipped. A bound hides a blow-up and does not end it: such runs do not diverge, and learn little.
         """
         old = sum(1 for seen in self.steps if seen < step - UNREST_GROWTH[-1][0])
         self.steps = [*self.steps[old:], step]
@@ -321,6 +334,8 @@ class HealthWatch(msgspec.Struct):
         self.running_vars = [*self.running_vars[old:], running_var]
         if update_ratio is not None and not update_ratio <= self.highest_ratio:
             self.highest_ratio = math.inf if math.isnan(update_ratio) else update_ratio
+        is_beyond = unbounded_ratio is not None and not unbounded_ratio <= UNREST_RATIO
+        self.num_unbounded = self.num_unbounded + 1 if is_beyond else 0
         for steps, limit in UNREST_GROWTH:
             before = self.weight_norms[self._index(step - steps)]
             growth = {name: norm / before[name] for name, norm in weight_norms.items() if before.get(name, 0.0) > 0}
@@ -333,6 +348,8 @@ class HealthWatch(msgspec.Struct):
             return Unrest("running_var", None, running_var / variance, limit, steps)
         if update_ratio is not None and not update_ratio <= UNREST_RATIO:
             return Unrest("update_ratio", None, update_ratio, UNREST_RATIO, 1)
+        if self.num_unbounded >= UNBOUNDED_LOOKS and unbounded_ratio is not None:
+            return Unrest("unbounded_ratio", None, unbounded_ratio, UNREST_RATIO, UNBOUNDED_LOOKS)
         return None
 
     def _index(self, step: int) -> int:

@@ -106,7 +106,7 @@ MOST_INCIDENTS = 4  # of a run: each keeps a batch and the weights
 USUAL_MEDIAN = (0.1, 10.0)  # of all weights: that of the host's models is 1, of other usual initialisations 0.4 to 3
 
 STATE_KEY = "gradstab"  # of our state, inside the checkpoint's optimizer state
-STATE_VERSION = 1  # of its fields; a checkpoint of another cannot be continued
+STATE_VERSION = 2  # of its fields; a checkpoint of another cannot be continued
 
 
 def trainer_for(
@@ -609,16 +609,19 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
 
     def _judge_model(self, looked: list[float], *, running: bool = True) -> None:
         """Has the model itself gone, or grown so abruptly that this is no state to go back to?"""
-        update_ratio, running_var, *others = looked
+        update_ratio, unbounded_ratio, running_var, *others = looked
         norms, zero_steps = others[: len(self._layers.names)], others[len(self._layers.names) :]
         self._report_dead(zero_steps)
         named = zip(self._layers.names, norms, strict=True)
         weight_norms = {name: norm for name, norm in named if norm}  # stages without weights have none
         found = self._watch.add_state(self._step - 1, weight_norms=weight_norms, running_var=running_var)
         self._judge(found, running=running)
-        ratio = None if update_ratio < 0 else update_ratio
         unrest = self._health.look(
-            self._step - 1, weight_norms=weight_norms, running_var=running_var, update_ratio=ratio
+            self._step - 1,
+            weight_norms=weight_norms,
+            running_var=running_var,
+            update_ratio=None if update_ratio < 0 else update_ratio,
+            unbounded_ratio=None if unbounded_ratio < 0 else unbounded_ratio,
         )
         if unrest is not None:
             self._snapshots.disturb(self._step)
@@ -739,9 +742,11 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self.ema.updates = others["ema_updates"]
         self._watch = msgspec.convert(others["watch"], DivergenceWatch)
         self._spikes = msgspec.convert(others["spikes"], SpikeWatch)
-        starts_clipping = self._rollbacks == 0 and isinstance(self._config.clip, NoClip)
+        starts_clipping = self._is_unclipped
         largest = LARGEST_UNCLIPPED_RATIO if starts_clipping else LARGEST_RATIO
         num_backoffs = self._health.num_backoffs(self._config.guard.backoff, largest=largest)
+        if found.kind == "unbounded_ratio":  # the bound bears the rate; what the run lacks is the clip it has from here
+            num_backoffs = 1
         self._health, self._restless, self._look, self._bounds = HealthWatch(), False, None, []
         self._zero_steps = None
         if isinstance(found, Divergence) and self._rollbacks >= self._config.guard.max_rollbacks:
@@ -933,7 +938,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         looks, records = is_look(step), step % self._config.telemetry.layers_every == 0
         stages = self._layer_weights(moved) if looks or records else None
         if looks and stages is not None:
-            self._look = self._looked(*stages, measured=moved is not None)
+            self._look = self._looked(*stages, moved)
         if self._run is None:
             return
         values: dict[str, Any] = {"loss": done.loss / done.terms}
@@ -977,11 +982,17 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         updates = self._layers.norms(self._spread(update_norm, self._trained_index))
         return weights, updates / weights.clamp_min(torch.finfo(weights.dtype).tiny)
 
-    def _looked(self, weights: Tensor, ratios: Tensor, *, measured: bool) -> Tensor:
-        """A look at the model, still on the device: `update_ratio` (-1 if unknown), variance, norms, zero steps."""
+    def _looked(self, weights: Tensor, ratios: Tensor, moved: UpdateRatios | None) -> Tensor:
+        """A look at the model, still on the device: medians of `update_ratio` as it was and as it would have been
+        without the bound (-1 if unknown, or not judged), variance, norms, zero steps."""
         variance = torch._foreach_norm(self._variances, math.inf) if self._variances else [weights.new_zeros(())]
-        ratio = ratios[weights > 0].median() if measured else weights.new_full((), -1.0)
-        first = torch.stack([ratio, torch.stack(tuple(variance)).max().to(ratio)])
+        ratio = unbounded = weights.new_full((), -1.0)
+        if moved is not None:
+            ratio = ratios[weights > 0].median()
+            if self._config.update_clip is not None and self._is_unclipped:
+                updates = self._layers.norms(self._spread(moved.update_norm, self._trained_index))
+                unbounded = (updates[weights > 0] / weights[weights > 0]).median()
+        first = torch.stack([ratio, unbounded, torch.stack(tuple(variance)).max().to(ratio)])
         zero_steps = [] if self._zero_steps is None else [self._zero_steps.to(ratio)]
         return torch.cat([first, weights, *zero_steps])
 
@@ -1047,9 +1058,14 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         return build_policy(self._config.clip).bind(unwrap_model(self.model))
 
     @property
+    def _is_unclipped(self) -> bool:
+        """Whether gradients are not clipped; a run that was to have no clip has stock's once it has had to go back."""
+        return self._rollbacks == 0 and isinstance(self._config.clip, NoClip)
+
+    @property
     def _clipping(self) -> ClipPolicy:
-        """The policy; stock's clip in its place once a run that was to have none has had to go back."""
-        return STOCK_CLIP if self._rollbacks and isinstance(self._config.clip, NoClip) else self._policy
+        is_stocks = isinstance(self._config.clip, NoClip) and not self._is_unclipped
+        return STOCK_CLIP if is_stocks else self._policy
 
     def _start_recording(self) -> None:
         """Open the run folder, once the model, the optimizer and any checkpoint are in place."""

@@ -66,10 +66,17 @@ def lr_too_high(case: Case) -> Iterator[Finding]:
         evidence["weights of a stage over their start"] = Measured(case.growth, GROWN)
     evidence |= _timing(case)
     warnings = case.events("warning")
+    held = _held(case)
+    if held is not None:
+        evidence["the same without update_clip"] = held
     if warnings:
         said = [f"{event.get('kind')} at step {step_of(event)}" for event in warnings[:MOST_NAMED]]
         evidence["early warnings"] = Measured(", ".join(said))
     words = "each step moves the weights too far for them to settle"
+    if held is not None and not case.troubled:
+        words = (
+            "update_clip alone holds the weights together, where each step would move them too far for them to settle"
+        )
     if case.troubled and case.recovered:
         words += "; the run was lost to it and came back"
     elif case.calmings:
@@ -88,7 +95,7 @@ def lr_too_high(case: Case) -> Iterator[Finding]:
 def _rate_severity(case: Case) -> Severity | None:
     if case.troubled:
         return case.severity if is_hot(case) else None
-    if case.calmings:
+    if case.calmings or _held(case) is not None:
         return "warning"
     if case.usual_update is None:
         return None
@@ -103,6 +110,12 @@ def _rate_severity(case: Case) -> Severity | None:
     # A large momentum shows late: its steps go on growing for 1 / (1 - momentum) steps.
     heavy = case.momentum > LARGE_MOMENTUM and _unrecorded_heat(case) is not None
     return "info" if (grown > GROWN and uneasy) or heavy or warned else None
+
+
+def _held(case: Case) -> Measured | None:
+    """Update over weight of the median layer as it would have been, of a run that only its bound kept from diverging."""
+    events = [event for event in case.events("warning") if event.get("kind") == "unbounded_ratio"]
+    return Measured(events[0].get("value"), events[0].get("limit")) if events else None
 
 
 def _timing(case: Case) -> dict[str, Measured]:
