@@ -113,7 +113,7 @@ def _rate_severity(case: Case) -> Severity | None:
 
 
 def _held(case: Case) -> Measured | None:
-    """Update over weight of the median layer as it would have been, of a run that only its bound kept from diverging."""
+    """What updates over weights would have been, of a run that only its bound kept from diverging."""
     events = [event for event in case.events("warning") if event.get("kind") == "unbounded_ratio"]
     return Measured(events[0].get("value"), events[0].get("limit")) if events else None
 
