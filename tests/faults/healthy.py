@@ -35,6 +35,7 @@ HEALTHY: list[Case] = [
     Case(name="stabilizer", steps=64, config={"clip": "stabilizer"}),
     Case(name="update_clip at a high rate", steps=96, config={"update_clip": 0.03}, args={"lr0": 0.1}),
     Case(name="update_clip, pose", task="pose", steps=96, config={"update_clip": 0.03}, args={"lr0": 0.03}),
+    Case(name="update_clip without a clip", steps=96, config={"clip": "none", "update_clip": 0.03}),
     Case(name="spikes clipped", steps=64, config={"guard.spike": "clip"}),
     Case(name="spikes left out, pose", task="pose", steps=64, config={"guard.spike": "skip"}),
     Case(name="bf16", steps=64, callbacks={"on_train_start": in_precision(torch.bfloat16)}),
