@@ -174,7 +174,8 @@ class Guard(_Section, frozen=True, kw_only=True):
     to a good state with every learning rate times `backoff`, at most `max_rollbacks` times. It does so too where the
     weights or BatchNorm's variances grow so abruptly that the run will be lost; where updates are many times too large,
     the rate is multiplied by `backoff` more than once. A run without a clip is clipped as stock does it, at 10, from
-    its first rollback on: what blew up was the gradient, and not the rate alone.
+    its first rollback on: what blew up was the gradient, and not the rate alone. It goes back too where `update_clip`
+    alone holds its updates together, at ten looks in a row.
     """
 
     nonfinite: Literal["skip", "stop", "off"] = "skip"
