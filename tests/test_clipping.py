@@ -509,6 +509,19 @@ def test_update_bound_per_tensor_and_before_is_left_alone() -> None:
     assert all(torch.equal(t, torch.ones(4, 4)) for t in before)
 
 
+@pytest.mark.parametrize("moved", [3e38, math.inf, math.nan])
+def test_a_move_beyond_all_bounds_is_not_made_and_one_that_is_not_finite_is_not_hidden(moved: float) -> None:
+    weight = nn.Parameter(torch.ones(4, 4))
+    before = [weight.detach().clone()]
+    with torch.no_grad():
+        weight[0] = moved
+    clip_update_([weight], before, 0.03)
+    if math.isfinite(moved):
+        assert torch.equal(weight.data, before[0])
+    else:
+        assert not torch.isfinite(weight.data).all()
+
+
 def test_zero_initialised_biases_and_matrices_still_learn() -> None:
     bias, matrix = nn.Parameter(torch.zeros(16)), nn.Parameter(torch.zeros(8, 8))
     lr = 0.1

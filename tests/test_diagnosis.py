@@ -375,7 +375,7 @@ def test_a_rate_that_an_early_warning_lowered_is_a_warning_and_no_loss() -> None
     found = diagnose(run(events=[back | {"lr_factor": 0.125, "rollbacks": 1}]))
     assert [(f.kind, f.severity) for f in found if f.severity != "info"] == [("lr_too_high", "warning")]
     assert "before the run was lost" in found[0].message
-    assert found[0].advice.startswith("Set lr0=0.001, the rate at which the run went on")
+    assert found[0].advice.startswith("Set lr0=0.0013, the rate at which the run went on")
 
 
 def test_a_run_that_was_given_a_clip_when_it_went_back_is_advised_to_have_one() -> None:
@@ -394,7 +394,7 @@ def test_a_run_that_its_bound_alone_holds_together_is_told_to_have_a_clip() -> N
     for finding in (watched, guarded):
         assert finding.severity == "warning"
         assert finding.message.startswith("update_clip alone holds the weights together")
-        assert finding.evidence["the same without update_clip"] == Measured(65.1, 0.3)
+        assert finding.evidence["update over weight of the median stage, without update_clip"] == Measured(65.1, 0.3)
     assert watched.advice.endswith("or clip the gradient with clip=norm.")
     assert guarded.advice == "Set clip=norm and lr0=0.005, with which the run went on after its last rollback."
     other = the("lr_too_high", run(events=[warning | {"kind": "update_ratio"}, back | {"kind": "update_ratio"}]))
@@ -413,7 +413,7 @@ def test_a_run_that_was_saved_has_warnings_that_still_name_the_cause() -> None:
         ("lr_too_high", "warning"), ("loss_blowup", "warning"),
     ]  # fmt: skip
     assert found[1].message == "the run was lost at step 60 and was saved by a rollback"
-    assert "lr0=0.07" in found[0].advice  # 0.3 x 0.25, to one digit
+    assert "lr0=0.075" in found[0].advice  # 0.3 x 0.25
     lost_again = msgspec.structs.replace(records, map50=0.0, status=Status(outcome="completed", divergence="blowup"))
     assert kinds(lost_again, "error")[:2] == ["lr_too_high", "loss_blowup"]
 
@@ -773,6 +773,43 @@ def test_the_effective_rate_of_clipped_steps_by_hand() -> None:
     columns = {"skipped": left_out, "clip_coef": np.where(left_out, 1.0, 0.02)}
     found = the("always_clipped", run(clip=0.02, columns=columns))
     assert found.evidence["effective lr after clipping"].value == pytest.approx(0.01 * 0.02)
+
+
+def test_the_effective_rate_is_of_steps_that_lasted_and_counts_backoffs() -> None:
+    """Clipped to a half up to step 99, then to a tenth; step 119 went back to 80, from which on the rate is half."""
+    step = np.arange(NUM)
+    columns = {"lr": np.where(step < 120, 0.01, 0.005), "clip_coef": np.where(step < 100, 0.5, 0.1)}
+    event = {"event": "rollback", "step": 119, "kind": "weight_growth", "to_step": 80, "lr_factor": 0.5, "reason": ""}
+    made = [0.01 * (0.5 if i < 80 else 0.1 * 0.5) for i in range(NUM) if not 80 <= i <= 119]
+    for kind, records in (
+        ("always_clipped", run(columns=columns, events=[event])),
+        ("lr_too_high", run(columns=columns, events=[event])),
+        ("stalled", run(columns=columns, events=[event], map50=0.0)),
+    ):
+        effective = the(kind, records).evidence["effective lr after clipping"].value
+        assert effective == pytest.approx(sum(made) / len(made))
+
+
+def test_a_clip_that_the_guard_gave_is_named_and_not_advised_against() -> None:
+    back = {"event": "rollback", "step": 13, "kind": "running_var", "to_step": 0, "lr_factor": 0.5, "reason": ""}
+    records = run(clip=0.02, events=[back | {"clip": "norm"}], config={"clip": {"policy": "none"}})
+    found = the("always_clipped", records)
+    assert found.evidence["clipped since the rollback at step"] == Measured(13)
+    assert "clip=none" not in found.advice and "clip=norm is what the guard gave the run" in found.advice
+    plain = the("always_clipped", run(clip=0.02, config={"clip": {"policy": "agc"}}))
+    assert "clip=none shows what is cut off" in plain.advice
+    assert "clipped since the rollback at step" not in plain.evidence
+
+
+def test_a_rate_is_not_raised_beyond_the_hosts_limit_nor_where_the_guard_lowered_it() -> None:
+    def advice(lr0: float, **event: Any) -> str:
+        usual = {"event": "rollback", "step": 13, "to_step": 0, "reason": ""}
+        return the("stalled", run(map50=0.0, args={"lr0": lr0}, events=[usual | event] if event else [])).advice
+
+    longer = "Train for longer than epochs=50"
+    assert advice(0.6) == f"{longer}, or raise the rate to lr0=1."
+    assert advice(1.0) == f"{longer}."
+    assert advice(0.1, kind="weight_growth", lr_factor=0.5) == f"{longer}."
 
 
 def test_a_long_run_that_learned_nothing_is_an_error() -> None:

@@ -62,6 +62,21 @@ def test_a_noisy_start_does_not_stop_it_and_what_is_not_finite_does() -> None:
     assert b"NaN" not in msgspec.json.encode(result)
 
 
+def test_a_step_that_was_left_out_keeps_its_rate_for_the_next() -> None:
+    test = RangeTest(1e-4, 1.0, 20)
+    for _ in range(3):
+        test.leave_out()
+    assert (test.rate, test.ended) == (1e-4, False)
+    for loss in (8.0, 8.0):
+        test.add(loss, 10.0)
+    test.leave_out()
+    assert test.rate == test.rates[2]
+    test.add(math.inf, 10.0)
+    assert (test.lr_div, test.how) == (test.rates[2], "the loss is not finite")
+    test.stop(4, "later words")  # of all steps, the second that was made
+    assert test.lr_div == test.rates[1]
+
+
 def test_steepest_descent_is_found_and_a_flat_loss_has_none() -> None:
     x = np.linspace(-4, 0, 150)
     losses = (10 - 6 / (1 + np.exp(-(x + 1.5) * 8))).tolist()  # falls fastest at 10**-1.5; smoothing lags by 20 steps
@@ -174,6 +189,35 @@ def test_every_step_is_made_where_an_epoch_is_less_than_one(drawn: dict[str, Dra
     result = run_lr_range("detect", given, lr_min=1e-5, lr_max=1e-3, steps=20, out=tmp_path / "range")
     assert len(result.lr) == 20
     assert result.lr[-1] == pytest.approx(1e-3)
+
+
+@pytest.mark.parametrize("scale", [2.0**127, math.inf], ids=["that finds its scale", "that does not"])
+def test_a_gradient_scaler_that_looks_for_its_scale_is_no_limit(
+    drawn: dict[str, DrawnSet], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float
+) -> None:
+    """As it is from 65536 down in fp16, which the CPU does not train in; with an infinite scale it never finds one."""
+    from yolo_gradstab.trainer import GradstabMixin
+
+    original = GradstabMixin._setup_train
+
+    def with_scaler(self: Any) -> None:
+        original(self)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    monkeypatch.setattr(GradstabMixin, "_setup_train", with_scaler)
+    # An epoch is a single step, of which there must be some more than rates.
+    given = arguments(drawn["detect"], tmp_path, batch=16, nbs=16)
+    result = run_lr_range("detect", given, lr_min=1e-5, lr_max=1e-3, steps=20, out=tmp_path / "range")
+    steps = read_run(tmp_path / "range").steps
+    made = steps.filter(~steps["skipped"])
+    if math.isinf(scale):
+        assert result.how == "20 optimizer steps in a row could not be applied"
+        assert (result.lr_div, len(made), len(steps), result.lr) == (1e-5, 0, 20, [])
+    else:
+        assert result.lr_div is None
+        assert 0 < len(steps) - len(made) < 20
+        assert made["lr"].to_list() == pytest.approx(result.lr)
+        assert result.lr[-1] == pytest.approx(1e-3)
 
 
 def test_the_grid_is_of_rates_that_were_tried() -> None:

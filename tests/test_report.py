@@ -353,6 +353,23 @@ def test_a_run_that_diverged_has_no_end_over_depth(sweep: Path) -> None:
     assert kept.depth_profile["moment"].unique().to_list() == ["start"]
 
 
+@pytest.mark.parametrize(("epochs", "first"), [(1, 0), (2, 20), (3, 40), (4, 60), (40, 60)])
+def test_a_short_run_ends_its_warm_up_when_the_host_does(tmp_path: Path, epochs: int, first: int) -> None:
+    """Of three epochs by default, but never the last one too."""
+    run = write_run(
+        tmp_path / "run",
+        losses=[200.0] * 80,
+        epoch_steps=20,
+        args={"epochs": epochs},
+        gradient=lambda step, stage: step + 1.0 + stage,
+    )
+    entry = gather([run])[0][0].entries[0]
+    after = entry.depth_profile.filter(pl.col("moment") == "after warm-up")
+    wanted = sorted(step for step in entry.layers["step"].unique() if step >= first)[:3]
+    expected = entry.layers.filter(pl.col("step").is_in(wanted)).group_by("layer").agg(pl.col("grad_norm").median())
+    assert sorted(after["norm"]) == pytest.approx(sorted(expected["grad_norm"]))
+
+
 def test_unfinished_and_failed_trials_count_neither_way(sweep: Path) -> None:
     folders = sorted(folder for folder in (sweep / "trials").iterdir() if folder.is_dir())
     RunFolder(folders[0]).write_status(Status(outcome="running", step=7))

@@ -10,13 +10,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import polars as pl
 import pytest
+import yaml
 
 from yolo_gradstab.runs import RunError, RunFolder, Status, replacing, terminable, uninterrupted
-from yolo_gradstab.telemetry import LAYER_SCHEMA, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord, read_parts, read_run
+from yolo_gradstab.telemetry import (
+    LAYER_SCHEMA,
+    STEP_SCHEMA,
+    LayerRecord,
+    PartWriter,
+    Run,
+    StepRecord,
+    read_parts,
+    read_run,
+)
 
 
 def record(step: int, **more: object) -> StepRecord:
@@ -169,6 +180,23 @@ def test_a_resumed_run_drops_what_it_will_repeat(tmp_path: Path) -> None:
     assert [event["step"] for event in run.read_events()] == [2]
     assert again.drop_from(0) == 9
     assert len(read_parts(run.steps, STEP_SCHEMA)) == 0
+
+
+def test_a_resumed_run_keeps_the_model_and_data_it_began_with(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.keep_args()  # of a folder without records there is nothing to keep
+    assert read_args(run, model="a.yaml", data="my.yaml", batch=16) == ("a.yaml", "my.yaml", 16)
+    run.create({})
+    for batch in (8, 4):  # twice: the second must not keep what the first wrote
+        run.keep_args()
+        assert read_args(run, model="last.pt", data="gradstab/data.yaml", batch=batch) == ("a.yaml", "my.yaml", batch)
+    run.tidy(new=True)
+    assert read_args(run, model="b.yaml", data="other.yaml", batch=2) == ("b.yaml", "other.yaml", 2)
+
+
+def read_args(folder: RunFolder, **written: Any) -> tuple[Any, ...]:
+    (folder.path / "args.yaml").write_text(yaml.safe_dump(written))
+    return tuple(Run(folder.path).args[key] for key in written)
 
 
 def test_half_written_parts_and_lines_are_not_read(tmp_path: Path) -> None:

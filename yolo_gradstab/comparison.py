@@ -14,7 +14,6 @@ from statistics import median
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 import polars as pl
 import yaml
 
@@ -28,7 +27,7 @@ from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
 from yolo_gradstab.runs import RunError, RunFolder, one_line
 from yolo_gradstab.stats import Estimate
 from yolo_gradstab.sweep import Spec, Trial, plan, read_trial, trial_at
-from yolo_gradstab.telemetry import QUALITY, Run, lasting, read_run
+from yolo_gradstab.telemetry import QUALITY, Run, effective_lr, lasting, read_run
 
 __all__ = [
     "DIVERGED",
@@ -141,6 +140,8 @@ class Entry:
         table = self.layers.with_columns(stage=stage).filter(pl.col("stage").is_in(stages))
         given = self.run.args.get("warmup_epochs")
         warmup_epochs = HOST_WARMUP_EPOCHS if given is None else float(given)
+        # The host keeps the last epoch out of the warm-up.
+        warmup_epochs = min(warmup_epochs, max(float(self.run.args.get("epochs") or math.inf) - 1, 0.0))
         warm = self.steps.filter(pl.col("epoch") >= warmup_epochs)["step"]
         recorded = table["step"].unique().sort()
         chosen = {"start": recorded.filter(recorded == 0)}
@@ -180,8 +181,6 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
     verdict, found, note = _judge(run)
     norms = steps["total_norm"].fill_null(math.nan).to_numpy()
     made = lasting(steps, run.events).filter(~pl.col("skipped").fill_null(False))  # and not taken back
-    lr, clip_coef = (made[name].fill_null(math.nan).to_numpy() for name in ("lr", "clip_coef"))
-    lowered = _lr_factors(made["step"], run.events)  # counts as a part of the clip: lr0 is what was asked for
     summary, ratio = stats.norm_summary(norms), stats.loss_ratio(steps["loss"].fill_null(math.nan).to_numpy())
     metric = None if verdict in UNDECIDED else run.metric
     return Row(
@@ -206,22 +205,12 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
         spike_score=stats.spike_score(norms),
         robust_spike_score=stats.robust_spike_score(norms),
         largest_loss_ratio=ratio.largest if ratio else None,
-        clipped_share=stats.clipped_share(clip_coef),
-        lr_eff=stats.effective_lr(lr / lowered, clip_coef * lowered, lr0=lr0),
+        clipped_share=stats.clipped_share(made["clip_coef"].fill_null(math.nan).to_numpy()),
+        lr_eff=effective_lr(steps, run.events, lr0=lr0),
         seconds=status.seconds,
         note=note,
         path=str(run.folder.path),
     )
-
-
-def _lr_factors(steps: pl.Series, events: Iterable[Mapping[str, Any]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """By what rollbacks had lowered the rate at each of these steps."""
-    factors = np.ones(len(steps))
-    for event in events:
-        step, factor = event.get("step"), event.get("lr_factor")
-        if event.get("event") == "rollback" and isinstance(step, int) and isinstance(factor, float) and factor > 0:
-            factors[(steps > step).to_numpy()] = factor
-    return factors
 
 
 def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:

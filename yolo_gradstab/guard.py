@@ -334,8 +334,8 @@ class HealthWatch(msgspec.Struct):
         self.running_vars = [*self.running_vars[old:], running_var]
         if update_ratio is not None and not update_ratio <= self.highest_ratio:
             self.highest_ratio = math.inf if math.isnan(update_ratio) else update_ratio
-        is_beyond = unbounded_ratio is not None and not unbounded_ratio <= UNREST_RATIO
-        self.num_unbounded = self.num_unbounded + 1 if is_beyond else 0
+        if unbounded_ratio is not None:  # a look at which it was not measured says nothing
+            self.num_unbounded = 0 if unbounded_ratio <= UNREST_RATIO else self.num_unbounded + 1
         for steps, limit in UNREST_GROWTH:
             before = self.weight_norms[self._index(step - steps)]
             growth = {name: norm / before[name] for name, norm in weight_norms.items() if before.get(name, 0.0) > 0}

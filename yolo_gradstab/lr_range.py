@@ -96,6 +96,7 @@ class RangeTest:
         self.lr_div: float | None = None
         self.how = ""
         self._mean = 0.0
+        self._places: list[int] = []  # of each optimizer step, also of one that was not made, among the rates
 
     @property
     def ended(self) -> bool:
@@ -113,16 +114,21 @@ class RangeTest:
         self.losses.append(loss)
         self.norms.append(total_norm)
         count = len(self.losses)
+        self._places.append(count - 1)
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * loss
         self.smoothed.append(self._mean / (1 - SMOOTHING**count))
         if not (math.isfinite(loss) and math.isfinite(total_norm)):
-            self.stop(count - 1, f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite")
+            self.stop(len(self._places) - 1, f"the {'gradient norm' if math.isfinite(loss) else 'loss'} is not finite")
         elif count > FIRST_STEPS and self.smoothed[-1] > RISE * min(self.smoothed[FIRST_STEPS - 1 :]):
-            self.stop(count - 1, f"the smoothed loss is {RISE:g} times its lowest")
+            self.stop(len(self._places) - 1, f"the smoothed loss is {RISE:g} times its lowest")
+
+    def leave_out(self) -> None:
+        """A step that was not made, for a reason that is not the rate's: it is the next step's again."""
+        self._places.append(min(len(self.losses), len(self.rates) - 1))
 
     def stop(self, step: int, how: str) -> None:
-        """Training broke at this step."""
-        self.lr_div, self.how = self.rates[step], how
+        """Training broke at this optimizer step."""
+        self.lr_div, self.how = self.rates[self._places[step]], how
 
     def result(self) -> Result:
         """What was found so far."""
@@ -229,7 +235,8 @@ def run_lr_range(
     result = test.result()
     with replacing(folder / "lr_range.json") as temporary:
         temporary.write_bytes(msgspec.json.format(msgspec.json.encode(result), indent=1))
-    table = pl.DataFrame({name: getattr(result, name) for name in ("lr", "loss", "smoothed_loss")}, strict=False)
+    values = {name: getattr(result, name) for name in ("lr", "loss", "smoothed_loss")}
+    table = pl.DataFrame(values, schema=dict.fromkeys(values, pl.Float64), strict=False)
     figures.save(figures.lr_range(table, lr_div=result.lr_div, grid=result.grid), folder / "lr_range.png")
     return result
 
@@ -262,7 +269,12 @@ class _Ranging:
 
     def _read(self: Any, total_norm: Tensor) -> tuple[float, float]:
         norm, loss = super()._read(total_norm)  # type: ignore[misc]
-        self.range_test.add(loss, norm)
+        # An fp16 scaler that looks for its scale; too many such steps in a row are a divergence to the watch.
+        if self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm):
+            self.range_test.leave_out()
+            self.epochs += self.accumulate  # where an epoch may be less than a step
+        else:
+            self.range_test.add(loss, norm)
         return norm, loss
 
     def validate(self: Any) -> tuple[dict[str, float], float]:

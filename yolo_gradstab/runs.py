@@ -27,14 +27,15 @@ except ImportError:  # Windows
     fcntl = None
 
 __all__ = [
-    "DivergenceKind", "Outcome", "RunError", "RunFolder", "Status", "locked", "make_out", "one_line", "read_mapping",
-    "replacing", "terminable", "uninterrupted", "versions",
+    "DivergenceKind", "Outcome", "RunError", "RunFolder", "Status", "locked", "make_out", "one_line", "replacing",
+    "terminable", "uninterrupted", "versions",
 ]  # fmt: skip
 
 Outcome = Literal["running", "completed", "diverged", "stopped", "failed", "interrupted"]
 DivergenceKind = Literal["nonfinite", "blowup", "collapse"]
 
 
+RESUME_WRITES = ("model", "data", "resume")  # of the host's arguments, in the run's own file
 MAX_LINE = 400  # characters of another's error: a path and a sentence
 
 
@@ -164,8 +165,26 @@ class RunFolder:
         for path in [path for pattern in patterns for path in self.path.glob(pattern)]:
             _remove(path)
         if new:
-            for name in ("status.json", "config.yaml", "events.jsonl", "steps", "layers", "incidents"):
+            names = ("status.json", "config.yaml", "args.yaml", "events.jsonl", "steps", "layers", "incidents")
+            for name in names:
                 _remove(self.gradstab / name)
+
+    def keep_args(self) -> None:
+        """Keep the host's arguments as the run was begun, before a resume writes its own over them."""
+        first, kept = self.path / "args.yaml", self.gradstab / "args.yaml"
+        if first.is_file() and self.gradstab.is_dir() and not kept.is_file():
+            with replacing(kept) as temporary:
+                temporary.write_bytes(first.read_bytes())
+
+    def read_args(self) -> dict[str, Any]:
+        """The host's arguments, with model and data of a resumed run as it was begun; empty when they are missing.
+
+        Raises:
+            RunError: They are damaged.
+        """
+        first = _read_mapping(self.gradstab / "args.yaml")
+        # A resume's own are its checkpoint and a copy of the data's description, which say nothing about the run.
+        return _read_mapping(self.path / "args.yaml") | {key: first[key] for key in RESUME_WRITES if key in first}
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the folder and save the configuration as used."""
@@ -207,7 +226,7 @@ class RunFolder:
         Raises:
             RunError: It is damaged.
         """
-        return read_mapping(self.gradstab / "config.yaml")
+        return _read_mapping(self.gradstab / "config.yaml")
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Add one line to `events.jsonl`; values that JSON cannot hold become null."""
@@ -385,7 +404,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
+def _read_mapping(path: Path) -> dict[str, Any]:
     """A YAML file of keys; empty when it is missing.
 
     Raises:

@@ -364,6 +364,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         folder.hold()
         self._folder = folder
         folder.tidy(new=not self.resume)
+        if self.resume:
+            folder.keep_args()
 
     def _fail_in_setup(self, error: BaseException) -> None:
         """A new run whose data or model cannot be had leaves a status too; one that is resumed keeps its own."""
@@ -1451,12 +1453,12 @@ def _our_state(ckpt: dict[str, Any] | None) -> dict[str, Any] | None:
 def _epoch_columns(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The epoch's columns of `results.csv`; NaN where no step was made."""
     norms = [row["total_norm"] for row in rows if np.isfinite(row["total_norm"])] or [np.nan]
-    coefs = [row["clip_coef"] for row in rows if not row["skipped"]] or [np.nan]
-    lrs = [row["lr"] for row in rows if not row["skipped"]] or [np.nan]
+    coefs = [row["clip_coef"] for row in rows if not row["skipped"]]
+    lrs = [row["lr"] for row in rows if not row["skipped"]]
     return {
         "grad/norm_p50": float(np.median(norms)),
         "grad/norm_max": float(np.max(norms)),
-        "grad/clipped_share": float(np.mean(np.less(coefs, 1))) if rows else np.nan,
-        "grad/lr_eff": float(np.mean(np.multiply(lrs, coefs))),
+        "grad/clipped_share": float(np.mean(np.less(coefs, 1))) if coefs else np.nan,
+        "grad/lr_eff": float(np.mean(np.multiply(lrs, coefs))) if coefs else np.nan,
         "grad/skipped": float(sum(row["skipped"] for row in rows)),
     }

@@ -15,7 +15,7 @@ from yolo_gradstab.diagnosis.finding import Severity
 from yolo_gradstab.guard import FIRST_STEPS, NO_QUALITY, Divergence, UnrestKind, find_divergences
 from yolo_gradstab.incident import Incident, IncidentError, read_incident
 from yolo_gradstab.runs import RunError, Status
-from yolo_gradstab.telemetry import Run, lasting
+from yolo_gradstab.telemetry import Run, effective_lr, lasting
 
 __all__ = ["Array", "Case", "Records", "finite", "records_of", "stage_of", "step_of"]
 
@@ -131,6 +131,24 @@ class Case:
     def model(self) -> str:
         """The argument that names the model, for an advice."""
         return f"model={self.args.get('model') or 'model.yaml'}"
+
+    @cached_property
+    def lr0(self) -> float:
+        """As it was asked for."""
+        return self.number("lr0", HOST_LR0)
+
+    @cached_property
+    def lowered_to(self) -> float:
+        """The rate after the guard's last backoff; `lr0` without one."""
+        factors = [finite(event.get("lr_factor")) for event in self.events("rollback")]
+        return self.lr0 * next((factor for factor in reversed(factors) if factor), 1.0)
+
+    def effective_lr(self, until: float = math.inf) -> float | None:
+        """What `lr0` amounted to after clipping and backoffs, up to a step; of a run without such columns, nothing."""
+        if not {"lr", "clip_coef", "skipped"} <= set(self.steps.columns):
+            return None
+        events = [event for event in self.records.events if step_of(event) < until]
+        return effective_lr(self.steps.filter(pl.col("step") <= until), events, lr0=self.lr0)
 
     # How it went -----------------------------------------------------------------------------------------------------
 

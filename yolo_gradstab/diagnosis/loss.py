@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from yolo_gradstab.diagnosis.case import HOST_LR0, LEAST_WINDOW, MOSTLY, WINDOW, Array, Case, finite, step_of
+from yolo_gradstab.diagnosis.case import LEAST_WINDOW, MOSTLY, WINDOW, Array, Case, finite, step_of
 from yolo_gradstab.diagnosis.finding import Finding, Kind, Measured, Severity, rounded
 from yolo_gradstab.diagnosis.rate import HOT_RATIO, rate_advice
 from yolo_gradstab.guard import FIRST_STEPS, NO_QUALITY
-from yolo_gradstab.stats import MAD_TO_SIGMA, effective_lr
+from yolo_gradstab.stats import MAD_TO_SIGMA
 
 __all__ = ["GAINS", "loss_components", "loss_spike", "lost", "stalled"]
 
@@ -29,6 +29,7 @@ STALLED_STEPS = 100  # before which nothing can be said
 LONG_RUN = 1000  # steps after which mAP50 0 is an error
 HARDLY_FELL = 0.9  # of the starting loss
 RAISE_BY = 3.0
+HIGHEST_LR0 = 1.0  # that the host takes
 
 
 def loss_components(case: Case) -> Iterator[Finding]:
@@ -135,7 +136,6 @@ def stalled(case: Case) -> Iterator[Finding]:
     end = float(np.median(case.loss[known][-FIRST_STEPS:]))
     fell = end / case.start_loss if case.start_loss > 0 else 1.0
     severity: Severity = "warning" if fell > HARDLY_FELL else "info"
-    lr0 = case.number("lr0", HOST_LR0)
     if known.sum() >= LONG_RUN:
         severity = "error"
     evidence = {
@@ -146,7 +146,7 @@ def stalled(case: Case) -> Iterator[Finding]:
     middle = case.usual_update or 0.0
     if middle:
         evidence["update over weight of the median stage"] = Measured(middle, HOT_RATIO)
-    effective = effective_lr(case.lr[~case.skipped], case.column("clip_coef")[~case.skipped], lr0=lr0)
+    effective = case.effective_lr()
     if effective is not None:
         evidence["effective lr after clipping"] = Measured(effective)
     yield Finding(
@@ -155,11 +155,17 @@ def stalled(case: Case) -> Iterator[Finding]:
         message="the run went well and learned next to nothing",
         step=int(case.step[known][-1]),
         evidence=evidence,
-        advice=rate_advice(case)
-        if middle > HOT_RATIO
-        else f"Train for longer than epochs={case.args.get('epochs', 1)}, or raise the rate to "
-        f"{case.rate_key(rounded(lr0 * RAISE_BY))}.",
+        advice=rate_advice(case) if middle > HOT_RATIO else _longer_or_higher(case),
     )
+
+
+def _longer_or_higher(case: Case) -> str:
+    """The advice to a run that learned too slowly; no higher rate for one whose rate the guard had found too high."""
+    longer = f"Train for longer than epochs={case.args.get('epochs', 1)}"
+    higher = min(case.lowered_to * RAISE_BY, HIGHEST_LR0)
+    if case.calmings or higher <= case.lowered_to:
+        return f"{longer}."
+    return f"{longer}, or raise the rate to {case.rate_key(rounded(higher))}."
 
 
 def loss_spike(case: Case) -> Iterator[Finding]:

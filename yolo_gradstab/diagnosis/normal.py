@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from yolo_gradstab.diagnosis.case import HOST_LR0, HOST_WARMUP, LEAST_WINDOW, MOSTLY, WINDOW, Array, Case
+from yolo_gradstab.diagnosis.case import HOST_WARMUP, LEAST_WINDOW, MOSTLY, WINDOW, Array, Case, step_of
 from yolo_gradstab.diagnosis.finding import Finding, Measured, rounded
-from yolo_gradstab.stats import MAD_TO_SIGMA, effective_lr
+from yolo_gradstab.stats import MAD_TO_SIGMA
 
 __all__ = ["always_clipped", "benign_jump"]
 
@@ -77,19 +77,23 @@ def always_clipped(case: Case) -> Iterator[Finding]:
     coef = coef[np.isfinite(coef)]
     if not len(coef) or (coef < 1).mean() <= MOSTLY:
         return
-    lr0 = case.number("lr0", HOST_LR0)
-    effective = effective_lr(case.lr[~case.skipped], case.column("clip_coef")[~case.skipped], lr0=lr0)
+    effective = case.effective_lr()
     norms = case.norm[np.isfinite(case.norm)]
     clip = case.records.config.get("clip") or {}
     is_norm = clip.get("policy", "norm") == "norm"
     advice = "There is nothing to do; compare runs by the effective rate, and clip=none shows what is cut off."
     if is_norm and len(norms):
         high = rounded(float(np.quantile(norms, 0.9)))
-        lower = case.rate_key(rounded(effective or lr0))
+        lower = case.rate_key(rounded(effective or case.lr0))
         advice = f"There is nothing to do; clip.max_norm={high} with {lower} would clip only the largest steps."
-    evidence = {"share of steps clipped": Measured(float((coef < 1).mean()), MOSTLY), "lr0": Measured(lr0)}
+    given = [event for event in case.events("rollback") if "clip" in event]
+    if given:
+        advice = "There is nothing to do; compare runs by the effective rate. clip=norm is what the guard gave the run."
+    evidence = {"share of steps clipped": Measured(float((coef < 1).mean()), MOSTLY), "lr0": Measured(case.lr0)}
     if effective is not None:
         evidence["effective lr after clipping"] = Measured(effective)
+    if given:
+        evidence["clipped since the rollback at step"] = Measured(step_of(given[0]))
     yield Finding(
         kind="always_clipped",
         severity="info",

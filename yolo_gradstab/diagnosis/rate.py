@@ -11,7 +11,6 @@ import polars as pl
 from yolo_gradstab.diagnosis.case import EARLY_STEPS, HOST_LR0, HOST_MOMENTUM, HOST_WARMUP, Case, finite, step_of
 from yolo_gradstab.diagnosis.finding import MOST_NAMED, Finding, Measured, Severity, rounded
 from yolo_gradstab.guard import NO_QUALITY
-from yolo_gradstab.stats import effective_lr
 
 __all__ = ["HOT_RATIO", "is_hot", "lr_too_high", "rate_advice"]
 
@@ -41,7 +40,7 @@ def _unrecorded_heat(case: Case) -> float | None:
     """lr0 / (1 - momentum) over the host's, for SGD where no update was recorded in time."""
     if not str(case.args.get("optimizer", "")).upper().endswith("SGD"):
         return None
-    heat = case.number("lr0", HOST_LR0) / max(1e-6, 1 - case.momentum)
+    heat = case.lr0 / max(1e-6, 1 - case.momentum)
     heat *= (1 - HOST_MOMENTUM) / HOST_LR0
     return heat if heat > HEAT else None
 
@@ -51,7 +50,7 @@ def lr_too_high(case: Case) -> Iterator[Finding]:
     severity = _rate_severity(case)
     if severity is None:
         return
-    peak = case.peak_updates
+    peak, held = case.peak_updates, _held(case)
     evidence = {}
     step = None
     if len(peak):
@@ -60,15 +59,14 @@ def lr_too_high(case: Case) -> Iterator[Finding]:
         limit = HOT_RATIO if case.troubled else FIERCE_RATIO
         evidence["update over weight of the median stage, highest"] = Measured(_top(peak, "middle"), limit)
         evidence["update over weight of one stage, highest"] = Measured(_top(peak, "largest"), WILD_RATIO)
+        if held is not None:
+            evidence["update over weight of the median stage, without update_clip"] = held
     else:
         evidence["lr0 / (1 - momentum) over the host's"] = Measured(_unrecorded_heat(case), HEAT)
     if case.growth is not None:
         evidence["weights of a stage over their start"] = Measured(case.growth, GROWN)
     evidence |= _timing(case)
     warnings = case.events("warning")
-    held = _held(case)
-    if held is not None:
-        evidence["the same without update_clip"] = held
     if warnings:
         said = [f"{event.get('kind')} at step {step_of(event)}" for event in warnings[:MOST_NAMED]]
         evidence["early warnings"] = Measured(", ".join(said))
@@ -122,10 +120,9 @@ def _timing(case: Case) -> dict[str, Measured]:
     """When it went wrong, beside when the rate was highest, and what the rate amounted to after clipping."""
     if not len(case.lr) or not np.isfinite(case.lr).any():
         return {}
-    until = (case.step <= case.trouble_step) & ~case.skipped
-    lr0 = case.number("lr0", HOST_LR0)
-    evidence = {"lr0": Measured(lr0), "lr0 / (1 - momentum)": Measured(lr0 / max(1e-6, 1 - case.momentum))}
-    effective = effective_lr(case.lr[until], case.column("clip_coef")[until], lr0=lr0)
+    heavy = case.lr0 / max(1e-6, 1 - case.momentum)
+    evidence = {"lr0": Measured(case.lr0), "lr0 / (1 - momentum)": Measured(heavy)}
+    effective = case.effective_lr(until=case.trouble_step)
     if effective is not None:
         evidence["effective lr after clipping"] = Measured(effective)
     peak = int(case.step[int(np.nanargmax(case.lr))])
@@ -137,7 +134,7 @@ def _timing(case: Case) -> dict[str, Measured]:
 
 def rate_advice(case: Case) -> str:
     """What to set the rate to, or what makes its steps too large."""
-    lr0, momentum = case.number("lr0", HOST_LR0), case.momentum
+    lr0, momentum = case.lr0, case.momentum
     if momentum > LARGE_MOMENTUM:
         return f"Set momentum={HOST_MOMENTUM}: with {momentum:g} a step is {1 / max(1e-6, 1 - momentum):.0f} gradients."
     early = case.trouble_step <= EARLY_STEPS
@@ -145,7 +142,7 @@ def rate_advice(case: Case) -> str:
         return f"Set warmup_epochs={HOST_WARMUP}: without a warm-up the first steps are the largest."
     backs = [event for event in case.events("rollback") if finite(event.get("lr_factor"))]
     if backs and case.recovered:
-        rate = case.rate_key(rounded(lr0 * backs[-1]["lr_factor"]))
+        rate = case.rate_key(f"{case.lowered_to:.2g}")
         clip = f"clip={backs[-1]['clip']} and " if "clip" in backs[-1] else ""
         return f"Set {clip}{rate}, {'with' if clip else 'the rate at'} which the run went on after its last rollback."
     least, most = LOWER_BY
