@@ -546,8 +546,13 @@ def clip_update_(
     scale = torch.where(moved.ratio > bound, bound / moved.ratio, 1.0)
     # lerp, since it is exact at both ends: at 1 it returns the new weight's own bits, and near 0 it starts from the
     # old weight, so that cutting a step a million times the weight does not cancel the weight away.
-    weights = [s.to(p.device, p.dtype) for s, p in zip(scale.unbind(), parameters, strict=True)]
-    torch._foreach_copy_(parameters, torch._foreach_lerp(list(before), parameters, weights))
+    over: Sequence[int] = range(len(parameters))
+    if scale.device.type == "cpu":  # where looking costs nothing, what is within its bound is not touched
+        over = (scale < 1).nonzero().flatten().tolist()
+    if over:
+        bounded, old, scales = [parameters[i] for i in over], [before[i] for i in over], scale.unbind()
+        weights = [scales[i].to(p.device, p.dtype) for i, p in zip(over, bounded, strict=True)]
+        torch._foreach_copy_(bounded, torch._foreach_lerp(old, bounded, weights))
     return moved._replace(scale=scale)
 
 
