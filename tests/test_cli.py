@@ -57,6 +57,47 @@ def test_train_leaves_the_run_folder(
     assert run.args["lr0"] == 0.01
 
 
+def test_arguments_from_a_file_stand_beneath_those_of_the_line(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """As `cfg=` of the host's command line; a copy of its defaults names a task and a mode, and much as null."""
+    given = drawn["pose"].arguments(tmp_path, name="run", epochs=5, momentum=0.9)
+    file = tmp_path / "my.yaml"
+    file.write_text(yaml.safe_dump(given | {"task": "detect", "mode": "predict", "cfg": None, "freeze": None}))
+    assert main(["pose", "train", "epochs=1", f"cfg={file}", "lr0=0.02"]) == 0
+    args = read_run(tmp_path / "run").args
+    assert [args[key] for key in ("epochs", "momentum", "lr0", "data")] == [1, 0.9, 0.02, given["data"]]
+
+
+def test_several_sets_are_trained_on_each_in_a_folder_of_its_own(
+    drawn: dict[str, DrawnSet], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sets = []
+    for name in ("first", "second"):
+        sets.append(str(shutil.copy(drawn["detect"].yolo, tmp_path / f"{name}.yaml")))
+    arguments = drawn["detect"].arguments(tmp_path, name="both", epochs=1, val=False)
+    del arguments["data"]
+    assert main(["detect", "train", f"data={sets}", *words(arguments)]) == 0
+    out = capsys.readouterr().out
+    runs = re.findall(r"Run: (\S+) ", out)
+    assert [Path(run).name for run in runs] == ["first", "second"]
+    assert [len(read_run(run).steps) for run in runs] == [4, 4]
+
+
+def test_a_folder_may_be_called_as_a_sweep_calls_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("lr0=0.1", "exp #3"):
+        assert main(["data", "sample", f"out={tmp_path / name}", "images=2", "size=32"]) == 0
+        assert (tmp_path / name / "data.yaml").is_file()
+    capsys.readouterr()
+    for command in ("report", "diagnose", "replay", "sweep"):
+        assert main([command, str(tmp_path / "lr0=0.1")]) in {1, 2}
+        assert "unknown key" not in (said := capsys.readouterr().err) and "first, e.g." not in said
+
+
+def test_errors_do_not_reach_the_terminal_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", str(tmp_path / "\x1b]0;title\x07")]) == 1
+    assert not {"\x1b", "\x07"} & set(said := capsys.readouterr().err) and "?]0;title?" in said
+
+
 def test_resume_from_the_command_line(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
     arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=3, val=False)
     cls_arguments = words(arguments)
@@ -247,6 +288,11 @@ def test_a_reader_that_has_read_enough_is_no_error() -> None:
         ("data check coco={images} images={images}", 1, "images/train: is a folder; give the COCO annotation file"),
         ("data sample out={tmp} size=1000000", 2, "size must be a whole number of at most 4096, got 1000000"),
         ("diagnose {tmp}", 1, "new: no such folder; give a run's folder, which training prints at its end"),
+        ("demo out=", 2, "demo: out must be given, or left out for demo"),
+        ("lr-range task=detect out=", 2, "lr-range: out must be given, or left out for runs/lr_range"),
+        ("detect train cfg=missing.yaml", 2, "cfg=missing.yaml: cannot be read ("),
+        ("detect train cfg={list}", 2, "list.yaml: cannot be read ("),
+        ("detect train cfg={wrong}", 2, "unknown key epoch=3; the nearest valid key is epochs"),
         ("bench model=[]", 2, "bench: model must be given, or left out for yolo26n.yaml"),
         ("bench batch=[]", 2, "bench: batch must be given, or left out for 16"),
         ("detect", 2, "the mode must be train, got nothing"),
@@ -304,7 +350,11 @@ def test_one_clear_line(
         "json": folder / "annotations/instances_train.json",
         "images": folder / "images/train",
         "tmp": tmp_path / "new",
+        "list": tmp_path / "list.yaml",
+        "wrong": tmp_path / "wrong.yaml",
     }
+    places["list"].write_text("- lr0\n")
+    places["wrong"].write_text("epoch: 3\n")
     assert main(line.format(**places).split()) == status
     captured = capsys.readouterr()
     lines = captured.err.splitlines()

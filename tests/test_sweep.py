@@ -15,7 +15,7 @@ from test_executors import TRIAL
 from yolo_gradstab import sweep as sweep_module
 from yolo_gradstab.cli import _training_arguments
 from yolo_gradstab.config import ConfigError
-from yolo_gradstab.runs import RunError
+from yolo_gradstab.runs import RunError, locked
 from yolo_gradstab.sweep import Spec, SweepError, check_files, plan, read_spec, read_trial, run_sweep
 
 SPEC: dict[str, Any] = {
@@ -277,6 +277,40 @@ def test_another_training_into_the_same_folder_is_said(folder: Path, monkeypatch
         assert sum("out: trials of another training are there; its report will name them" in line for line in said) == (
             expected
         )
+
+
+def test_a_sweep_that_is_refused_leaves_what_another_runs(folder: Path) -> None:
+    Path("out/trials").mkdir(parents=True)
+    before = Path("out/sweep.yaml")
+    before.write_text("as it was")
+    with locked(Path("out/sweep.lock")), pytest.raises(SweepError, match="another sweep is running in this folder"):
+        run_sweep(SPEC, "out")
+    assert before.read_text() == "as it was"
+
+
+def test_a_specification_in_the_sweeps_own_folder_is_not_written_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        sweep_module,
+        "trial_command",
+        lambda task, arguments, folder: [sys.executable, "-c", TRIAL, str(folder), "completed"],
+    )
+    Path("out").mkdir()
+    own = Path("out/sweep.yaml")
+    text = "# what I want to know\n" + yaml.safe_dump(SPEC | {"grid": {"lr0": [0.1]}, "seeds": [0]})
+    own.write_text(text)
+    run_sweep(own, "out", say=lambda line: None)
+    assert own.read_text() == text
+    with pytest.raises(SweepError, match=r"^out/sweep\.yaml: says otherwise, and is not as a sweep writes it; change"):
+        run_sweep(read_spec(own, ["grid.lr0=[0.3]"]), "out", say=lambda line: None)
+    assert own.read_text() == text
+
+
+def test_a_bracket_that_would_swallow_a_trials_arguments_is_refused(folder: Path) -> None:
+    with pytest.raises(SweepError, match=r"^out=a\[b: Ultralytics takes a single bracket for half a list"):
+        run_sweep(SPEC, "a[b")
+    assert not Path("a[b").exists()
 
 
 def test_an_error_of_ours_names_the_specification(folder: Path) -> None:

@@ -27,7 +27,7 @@ from yolo_gradstab.config import (
     load_config,
     nearest,
 )
-from yolo_gradstab.runs import make_out
+from yolo_gradstab.runs import RunFolder, make_out, one_line
 from yolo_gradstab.usage import HELP, help_of
 
 __all__ = ["main"]
@@ -64,8 +64,13 @@ def _fail(error: Exception | str, status: int) -> int:
         raise error
     if str(error):
         kind = f"{type(error).__name__}: " if isinstance(error, Exception) and not isinstance(error, ValueError) else ""
-        print(f"yolo-gradstab: {kind}{' '.join(str(error).split())}", file=sys.stderr)
+        print(f"yolo-gradstab: {_printable(kind + ' '.join(str(error).split()))}", file=sys.stderr)
     return status
+
+
+def _printable(text: str) -> str:
+    """What a stranger's file says, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def _print_json(value: Any) -> None:
@@ -121,7 +126,10 @@ def _train(task: str, words: list[str]) -> int:
         arguments["data"] = TASK2DATA[task]
     yolo, trainer = host_model(task, model)
     yolo.train(trainer=trainer_for(trainer, config), **arguments)
-    return _say_where(Path(yolo.trainer.save_dir))
+    folder = Path(yolo.trainer.save_dir)
+    if isinstance(arguments.get("data"), list):  # the host trains on one after the other, each in a folder of its own
+        return max((_say_where(run) for run in sorted(folder.iterdir()) if RunFolder(run).gradstab.is_dir()), default=1)
+    return _say_where(folder)
 
 
 def _checkpoint(path: str) -> str:
@@ -165,6 +173,7 @@ def _training_arguments(words: list[str], also: Sequence[str] = ()) -> tuple[Con
 
     ours: dict[str, Any] = {}
     host: dict[str, Any] = {}
+    from_file: dict[str, Any] = {}
     file = None
     for word in _merged(words, merge_equals_args):
         key, equals, text = word.partition("=")
@@ -174,6 +183,8 @@ def _training_arguments(words: list[str], also: Sequence[str] = ()) -> tuple[Con
             host[key] = True  # as in `yolo detect train resume`
         elif key == "gradstab":
             file = text
+        elif key == "cfg":
+            from_file = _host_file(text)
         elif key.partition(".")[0] in Config.__struct_fields__:
             ours[key] = _value(key, text)
         else:
@@ -183,8 +194,24 @@ def _training_arguments(words: list[str], also: Sequence[str] = ()) -> tuple[Con
                 raise UsageError(f"{word}: {error}") from None
             if key in PATHS:
                 host[key] = _path(host[key], text)
+    host = from_file | host
     _check_host_arguments(host, also)
     return load_config(file, ours), host
+
+
+def _host_file(path: str) -> dict[str, Any]:
+    """The host's arguments from a file, as its own command line merges them beneath those of the line.
+
+    The command names task and mode; what the host's copy of its defaults holds as null is left to the defaults.
+    """
+    from ultralytics.utils import YAML
+    from ultralytics.utils.checks import check_yaml
+
+    try:
+        content = YAML.load(check_yaml(path))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"cfg={path}: cannot be read ({one_line(error)})") from None
+    return {key: value for key, value in content.items() if key not in {"cfg", "task", "mode"} and value is not None}
 
 
 def _merged(words: list[str], merge: Callable[[list[str]], list[str]]) -> list[str]:
@@ -268,6 +295,8 @@ def _data_convert(given: dict[str, Any]) -> int:
     print(f"{report.files} label files for {report.images} images in {report.out}")
     unused = ", ".join(f"{count} {reason}" for reason, count in report.unused.items())
     print(f"{report.used} of {report.annotations} annotations used{'; not used: ' if unused else ''}{unused}")
+    for note in report.notes:
+        _print_line(f"note: {note}")
     keys = {"names": report.names, "kpt_shape": report.kpt_shape, "flip_idx": report.flip_idx}
     wanted = {key: value for key, value in keys.items() if value is not None}
     print("For the data YAML:\n" + yaml.safe_dump(wanted, sort_keys=False, default_flow_style=None), end="")
@@ -293,7 +322,7 @@ def _sweep(words: list[str]) -> int:
     from yolo_gradstab.report import build_report
     from yolo_gradstab.sweep import SweepError, check_files, read_spec, run_sweep
 
-    if not words or "=" in words[0]:
+    if not words or _is_pair(words[0]):
         raise UsageError("sweep: give a spec first, e.g. `yolo-gradstab sweep configs/sweeps/sample_detect.yaml`")
     given = _pairs(words[1:])
     out, retry = given.pop("out", None), given.pop("retry", None)
@@ -382,13 +411,17 @@ def _lr_range(words: list[str]) -> int:
     task = own.pop("task", None)
     if task is None:
         raise UsageError("lr-range: task must be given, as task=detect")
-    out = Path(own.pop("out", "runs/lr_range"))
+    out = Path(
+        _options("lr-range", own, required=(), optional={**dict.fromkeys(own), "out": "runs/lr_range"}).pop("out")
+    )
+    own.pop("out", None)
     result = run_lr_range(task, arguments, config, **as_numbers(own), out=out)
     if "optimizer" not in arguments:
         print("No optimizer was given: this is for SGD. Give optimizer=... for another")
     _print_range(result)
     found = f"training broke at lr {result.lr_div:.2g} ({result.how})" if result.lr_div else result.how
-    print(f"{len(result.lr)} steps from lr {result.lr[0]:.2g}: {found}")
+    first = f" from lr {result.lr[0]:.2g}" if result.lr else ""
+    print(f"{len(result.lr)} steps{first}: {found}")
     if result.steepest is not None:
         print(f"loss fell fastest near lr {result.steepest:.2g}")
     print(f"grid to sweep:  lr0: {[float(f'{rate:g}') for rate in result.grid]}")
@@ -411,8 +444,10 @@ def _print_range(result: Any) -> None:
 def _report(words: list[str]) -> int:
     from yolo_gradstab.report import build_report
 
-    folders = [word for word in words if "=" not in word]
-    options = _options("report", _pairs([word for word in words if "=" in word]), required=(), optional={"out": None})
+    folders = [word for word in words if not _is_pair(word)]
+    options = _options(
+        "report", _pairs([word for word in words if _is_pair(word)]), required=(), optional={"out": None}
+    )
     if not folders:
         raise UsageError("report: give at least one run or sweep folder")
     page = build_report(folders, out=options["out"])
@@ -429,7 +464,7 @@ def _diagnose(words: list[str]) -> int:
     from yolo_gradstab.diagnosis import diagnose, failed_words, records_of
     from yolo_gradstab.telemetry import read_run
 
-    if not words or "=" in words[0]:
+    if not words or _is_pair(words[0]):
         raise UsageError("diagnose: give a run folder or a checkpoint first, e.g. `yolo-gradstab diagnose RUN`")
     options = _options("diagnose", _pairs(words[1:]), required=(), optional={"format": "text"})
     _choice("format", options["format"], ("text", "json"))
@@ -452,7 +487,7 @@ def _replay(words: list[str]) -> int:
     from yolo_gradstab.incident import NOT_LOCALISED, read_incident
     from yolo_gradstab.localisation import first_bad_words, same_place
 
-    if not words or "=" in words[0]:
+    if not words or _is_pair(words[0]):
         raise UsageError("replay: give an incident first, e.g. `yolo-gradstab replay RUN/gradstab/incidents/12`")
     options = _options("replay", _pairs(words[1:]), required=(), optional={"weights": None})
     incident = read_incident(words[0])
@@ -480,8 +515,7 @@ def _replay(words: list[str]) -> int:
 
 
 def _print_line(text: str) -> None:
-    """What a stranger's file says, without what a terminal would obey."""
-    print("".join(letter if letter.isprintable() else "?" for letter in text), flush=True)
+    print(_printable(text), flush=True)
 
 
 # Rates that show the regimes on the drawn sets: stock's best, above it, and where stock is lost.
@@ -650,9 +684,17 @@ def _say(line: str) -> None:
 # Words ---------------------------------------------------------------------------------------------------------------
 
 
+def _is_pair(word: str) -> bool:
+    """Whether a word is key=value, and not a folder of such a name."""
+    return "=" in word and not Path(word).exists()
+
+
 def _path(value: Any, text: str) -> Any:
-    """A path as it was written, where YAML took it for a number, a date or a truth; lists and nothing as they are."""
-    return value if value is None or isinstance(value, list | str) else text
+    """A path as it was written, where YAML took it for a number, a date, a truth, or a part of it for a comment.
+
+    Lists, nothing, and what stands in quotes, are as YAML has them.
+    """
+    return value if value is None or isinstance(value, list) or text.lstrip()[:1] in {"'", '"'} else text
 
 
 def _pairs(words: list[str], paths: Set[str] = PATHS) -> dict[str, Any]:
@@ -673,6 +715,8 @@ def _options(
     for key, value in given.items():
         if key not in keys:
             raise UsageError(f"{command}: unknown key {key}={value!r}{nearest(key, keys)}")
+        if value is None and optional.get(key) is not None:
+            raise UsageError(f"{command}: {key} must be given, or left out for {optional[key]}")
     missing = [key for key in required if given.get(key) is None]
     if missing:
         raise UsageError(f"{command}: {' and '.join(missing)} must be given, as {missing[0]}=...")

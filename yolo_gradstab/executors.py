@@ -78,6 +78,7 @@ def run_trials(
     own_device: bool = False,
     watch: Callable[[list[TrialState]], None] | None = None,
     retry: bool = False,
+    prepare: Callable[[], None] | None = None,
 ) -> None:
     """Run what has not been run yet, whatever the commands are.
 
@@ -91,6 +92,7 @@ def run_trials(
         own_device: The commands name their device, so GPUs are not dealt out.
         watch: Takes all states, about once a second.
         retry: Run failed ones again.
+        prepare: Called once the folder is this sweep's own, before anything is started.
 
     Raises:
         SweepError: The folder is in use, or the executor is not to be had; nothing has been started.
@@ -100,6 +102,8 @@ def run_trials(
     lock = folder / "sweep.lock"
     try:
         with terminable(), locked(lock):
+            if prepare is not None:
+                prepare()
             _run_locked(
                 trials, folder, say, jobs, executor, own_device, watch, {"time_limit_s": time_limit_s, "again": again}
             )

@@ -16,6 +16,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -432,7 +433,8 @@ def run_sweep(
     trials = plan(checked, folder)
     if _holds_another(checked, folder):
         say(f"{folder}: trials of another training are there; its report will name them, and not show them")
-    _make_folder(checked, folder)
+    _check_folder(folder)
+    make_out(folder, SweepError, part="trials")
     run_trials(
         trials,
         folder,
@@ -443,6 +445,7 @@ def run_sweep(
         own_device="device" in checked.train or "device" in checked.grid,
         watch=watch,
         retry=retry == "failed",
+        prepare=lambda: _write_spec(checked, folder),
     )
     return folder
 
@@ -456,7 +459,30 @@ def _holds_another(spec: Spec, folder: Path) -> bool:
     return (old.task, _dotted(old.train)) != (spec.task, _dotted(spec.train))
 
 
-def _make_folder(spec: Spec, folder: Path) -> None:
-    make_out(folder, SweepError, part="trials")
-    with replacing(folder / "sweep.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(msgspec.to_builtins(spec), sort_keys=False), encoding="utf-8")
+def _check_folder(folder: Path) -> None:
+    words = str(folder.absolute())
+    if words.count("[") != words.count("]"):
+        raise SweepError(f"out={folder}: Ultralytics takes a single bracket for half a list; name another folder")
+
+
+def _write_spec(spec: Spec, folder: Path) -> None:
+    """Keep the sweep as it is run; a file that says the same already is left alone.
+
+    Raises:
+        SweepError: There is another, and not as a sweep writes it: somebody's own, whose comments would be lost.
+    """
+    path = folder / "sweep.yaml"
+    old = None
+    if path.is_file():
+        with suppress(SweepError, ConfigError):
+            old = read_spec(path)
+    if old == spec:
+        return
+    if old is not None and path.read_text(encoding="utf-8") != _dumped(old):
+        raise SweepError(f"{path}: says otherwise, and is not as a sweep writes it; change it, or give another out=")
+    with replacing(path) as temporary:
+        temporary.write_text(_dumped(spec), encoding="utf-8")
+
+
+def _dumped(spec: Spec) -> str:
+    return str(yaml.safe_dump(msgspec.to_builtins(spec), sort_keys=False))

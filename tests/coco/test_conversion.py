@@ -90,6 +90,14 @@ def test_images_of_one_stem_are_refused(build: Builder) -> None:
     assert not (build.folder / "labels").exists()
 
 
+def test_images_in_subfolders_are_noted(build: Builder) -> None:
+    """The host would look for labels/x/a.txt, and take the image for background."""
+    report = convert(build, build.coco(images=[build.image(file_name="x/a.png")]))
+    assert report.notes[0].startswith("1 images lie in subfolders of the image folder, first ")
+    assert "train from the JSON" in report.notes[0]
+    assert convert(build, build.coco(images=[build.image(file_name="b.png")])).notes == []
+
+
 def test_missing_images_are_refused_in_one_line(build: Builder) -> None:
     build.write(build.coco())
     images = [build.image(), build.image(id=2, file_name="b.png"), build.image(id=4, file_name="c.png")]

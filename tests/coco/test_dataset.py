@@ -405,6 +405,12 @@ def test_given_names_with_numbers_in_quotes_are_in_the_order_of_the_numbers(buil
     assert data_of(build, build.coco(categories=categories), names=names)["nc"] == 12
 
 
+def test_a_yaml_of_the_hosts_is_left_to_it_whatever_its_encoding(build: Builder) -> None:
+    path = build.folder / "data.yaml"
+    path.write_bytes("# donn\u00e9es\ntrain: images\nval: images\nnames: [caf\u00e9]\n".encode("latin-1"))
+    assert read_data_yaml(path, "detect") is None
+
+
 def test_yaml_that_is_none(build: Builder) -> None:
     path = build.folder / "data.yaml"
     path.write_text("train: [a.json\nval: {")

@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 from PIL import Image
 from pycocotools import mask as coco_mask
+from scipy import ndimage
 
-from yolo_gradstab.coco.annotations import CocoError, read_coco
+from yolo_gradstab.coco.annotations import CocoCategory, CocoError, CocoImage, SegmentedAnnotation, read_coco
 from yolo_gradstab.coco.check import CheckReport, check_coco
 from yolo_gradstab.coco.images import find_images, image_folders, read_image_size
-from yolo_gradstab.coco.keypoints import flip_index
+from yolo_gradstab.coco.keypoints import flip_index, keypoint_layout
 from yolo_gradstab.coco.labels import CocoLabels, make_labels
 from yolo_gradstab.coco.people import KEYPOINTS
-from yolo_gradstab.coco.segments import RunLengths, cut_outline, decode_run_lengths, join_outlines
+from yolo_gradstab.coco.segments import RunLengths, cut_outline, decode_run_lengths, join_outlines, read_outlines
 
 from .conftest import Builder
 
@@ -189,6 +190,10 @@ COCO_FLIP = [0, 2, 1, 4, 3, 6, 5, 8, 7, 10, 9, 12, 11, 14, 13, 16, 15]  # ultral
         (["left_eye", "nose"], [0, 1], ["left_eye"]),
         (["left_eye", "left_eye", "right_eye"], [0, 2, 1], ["left_eye"]),
         (["鼻", "目"], [0, 1], []),
+        (["lefteye", "righteye", "shoulderRight", "shoulderLeft"], [1, 0, 3, 2], []),
+        (["lsho", "rsho", "Lhip", "Rhip", "lip"], [1, 0, 3, 2, 4], []),
+        (["upright", "nose"], [0, 1], ["upright"]),  # noted, as ever: who knows
+        (["1", "2", "3"], [0, 1, 2], []),
     ],
 )
 def test_flip_index(names: list[str], flip: list[int], unpaired: list[str]) -> None:
@@ -201,6 +206,18 @@ def test_point_without_counterpart_is_noted(build: Builder) -> None:
     assert check(build, coco, task="pose").notes == [
         "keypoint left_eye has no counterpart on the other side; mirrored images keep it as it is"
     ]
+
+
+def test_points_of_no_known_side_are_not_mirrored(build: Builder) -> None:
+    """Without a flip_idx the host switches mirroring off; one that swaps nothing would mirror people into nonsense."""
+    coco = pose(build, SEEN)
+    coco["categories"][0]["keypoints"] = ["1", "2"]
+    labels = labels_of(build, coco, task="pose")
+    assert labels.layout is not None and labels.layout.flip_idx is None
+    assert check(build, coco, task="pose").notes == [
+        "no keypoint names tell a left from a right one, so images are not mirrored; give flip_idx in the data YAML"
+    ]
+    assert keypoint_layout([CocoCategory(id=1, name="pen", keypoints=["tip"])], "f").flip_idx == [0]
 
 
 def segmented(build: Builder, *shapes: Any) -> dict[str, Any]:
@@ -297,6 +314,55 @@ def test_run_lengths_decode_as_pycocotools_decodes_them() -> None:
         np.testing.assert_array_equal(decode_run_lengths(RunLengths((height, width), text)), mask)
 
 
+def area(outline: Any) -> float:
+    x, y = outline.T
+    return abs(float(np.dot(x, np.roll(y, -1)) - np.dot(y, np.roll(x, -1)))) / 2
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_outlines_of_a_mask_enclose_its_pixels(build: Builder, seed: int) -> None:
+    """Against pycocotools' box, and scipy's filling of holes, which an outline cannot say."""
+    rng = np.random.default_rng(seed)
+    mask = np.asfortranarray((rng.random((80, 100)) < rng.random() ** 2).astype(np.uint8))
+    mask[:, : rng.integers(90)], mask[: rng.integers(70)] = 0, 0
+    mask[79, 99] = 1
+    shape = {"size": [80, 100], "counts": coco_mask.encode(mask)["counts"].decode()}
+    coco = build.coco(annotations=[build.annotation(segmentation=shape)])
+    image = CocoImage(id=1, file_name="a.png", width=100, height=80)
+    given = msgspec.json.decode(json.dumps(coco["annotations"][0]), type=SegmentedAnnotation)
+    outlines = read_outlines(given, image, "f")
+    assert sum(area(outline) for outline in outlines) == ndimage.binary_fill_holes(mask).sum()
+    x, y, width, height = coco_mask.toBbox(coco_mask.encode(mask)) / [100, 80, 100, 80]
+    (box,) = labels_of(build, coco, task="segment").images[0].boxes
+    np.testing.assert_allclose(box, [x + width / 2, y + height / 2, width, height], rtol=1e-6)
+
+
+def test_thin_objects_have_an_outline(build: Builder) -> None:
+    for rows, columns in ((slice(5, 6), slice(7, 17)), (slice(5, 15), slice(7, 8)), (slice(5, 6), slice(7, 8))):
+        mask = np.zeros((80, 100), np.uint8, order="F")
+        mask[rows, columns] = 1
+        shape = {"size": [80, 100], "counts": coco_mask.encode(mask)["counts"].decode()}
+        report = check(build, segmented(build, shape), task="segment")
+        assert (report.used, report.unused) == (1, {})
+
+
+def test_many_parts_are_joined_where_they_are_nearest() -> None:
+    """Large ones by a tree, whose bridges are as short as those that all distances give."""
+    rng = np.random.default_rng(0)
+    circle = np.stack([np.cos(t := np.linspace(0, 2 * np.pi, 400, endpoint=False)), np.sin(t)], 1)
+    parts = [circle * rng.uniform(5, 40) + rng.uniform(0, 1000, 2) for _ in range(12)]
+    joined, bridges = parts[0], 0.0
+    for part in parts[1:]:
+        bridges += float(np.sqrt(((joined[:, None] - part[None]) ** 2).sum(-1)).min())
+        joined = np.concatenate([joined, part])
+
+    def length(outline: Any) -> float:
+        return float(np.linalg.norm(outline - np.roll(outline, 1, axis=0), axis=1).sum())
+
+    assert length(join_outlines(parts)) == pytest.approx(sum(map(length, parts)) + 2 * bridges)
+    assert area(join_outlines(parts)) == pytest.approx(sum(map(area, parts)))
+
+
 def test_joined_outline_encloses_the_parts_and_nothing_else() -> None:
     squares = [np.array([[x, y], [x + 10, y], [x + 10, y + 10], [x, y + 10.0]]) for x, y in ((5, 5), (30, 8), (12, 40))]
     joined = join_outlines(squares)
@@ -307,6 +373,12 @@ def test_joined_outline_encloses_the_parts_and_nothing_else() -> None:
     assert (together >= apart).all()
     assert int(together.sum()) - int(apart.sum()) < 60  # the two bridges, one pixel wide
     assert cv2.contourArea(joined.astype(np.float32)) == pytest.approx(300)
+
+
+def test_a_set_of_which_nothing_can_be_used_is_a_problem(build: Builder) -> None:
+    report = check(build, build.coco(annotations=[build.annotation(iscrowd=1)]))
+    assert (report.ok, report.unused) == (False, {"crowd": 1})
+    assert report.problems[0].endswith(": none of 1 annotations can be used: nothing to train on")
 
 
 def test_missing_images_are_all_listed(build: Builder) -> None:

@@ -77,7 +77,7 @@ def convert_coco(
         names=labels.names,
         kpt_shape=labels.layout.shape if labels.layout else None,
         flip_idx=labels.layout.flip_idx if labels.layout else None,
-        notes=list(labels.notes),
+        notes=[*labels.notes, *_nested(labels, folders)],
     )
 
 
@@ -110,6 +110,16 @@ def _targets(labels: CocoLabels, folder: Path, path: str) -> dict[str, Path]:
             )
         targets[image.file] = folder / f"{stem}.txt"
     return targets
+
+
+def _nested(labels: CocoLabels, folders: Sequence[Path]) -> list[str]:
+    """A note where the host will not find the labels: it looks for them in subfolders like those of the images."""
+    nested = [image.file for image in labels.images if Path(image.file).parent not in folders]
+    if not nested:
+        return []
+    where = f"{len(nested)} images lie in subfolders of the image folder, first {nested[0]}"
+    why = "Ultralytics looks for their labels in such subfolders, and takes images without labels for background"
+    return [f"{where}; {why}: train from the JSON, or move the images up"]
 
 
 def _refuse_other_labels(labels: CocoLabels, targets: dict[str, Path], folder: Path) -> int:

@@ -278,9 +278,12 @@ def _say_what_is_unused(report: CheckReport, prefix: str) -> None:
 
 
 def _load_yaml(file: Path) -> dict[str, Any] | None:
+    content = file.read_bytes()
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        raw = yaml.safe_load(content.decode("utf-8-sig"))
     except (yaml.YAMLError, ValueError) as error:
+        if b".json" not in content.lower():  # it is the host's, which reads other encodings too
+            return None
         raise CocoError(f"{file}: is not YAML: {one_line(error)}") from None
     if isinstance(raw, dict) and "val" not in raw and "validation" in raw:
         raw["val"] = raw.pop("validation")  # the host takes this name too
@@ -410,7 +413,9 @@ def _pose_keys(raw: Mapping[str, Any], categories: list[CocoCategory], json_file
         )
     # Names without sides say nothing about mirroring, so a flip_idx that the user wrote down has the last word.
     flip_idx, num = raw.get("flip_idx") or layout.flip_idx, len(layout.names)
+    names = {i: list(c.keypoints or layout.names) for i, c in enumerate(sorted(categories, key=lambda c: c.id))}
+    if flip_idx is None:  # without one the host does not mirror
+        return {"kpt_shape": layout.shape, "kpt_names": names}
     if not isinstance(flip_idx, list) or len(flip_idx) != num or any(i not in flip_idx for i in range(num)):
         raise CocoError(f"{file}: flip_idx must hold each of 0 to {num - 1} once, got {flip_idx}")
-    names = {i: list(c.keypoints or layout.names) for i, c in enumerate(sorted(categories, key=lambda c: c.id))}
     return {"kpt_shape": layout.shape, "flip_idx": flip_idx, "kpt_names": names}

@@ -14,6 +14,7 @@ __all__ = ["KeypointLayout", "flip_index", "keypoint_layout"]
 _WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
 _OTHER_SIDE = {"left": "right", "right": "left", "l": "r", "r": "l"}
 _SIDE = re.compile(r"left|right", re.IGNORECASE)
+_GLUED = re.compile(r"(left|right)(\w+)|(\w+?)(left|right)")  # `lefteye`, `eyeright`
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +22,8 @@ class KeypointLayout:
     """The points every pose category of a set shares."""
 
     names: list[str]
-    flip_idx: list[int]
+    flip_idx: list[int] | None
+    """None where the names tell no side of any of several points: which of them swap is not known."""
     notes: list[str] = field(default_factory=list)
     """What the user should know, such as a left point whose right counterpart is missing."""
 
@@ -55,6 +57,11 @@ def keypoint_layout(categories: Sequence[CocoCategory], path: str) -> KeypointLa
     notes += [
         f"keypoint {name} has no counterpart on the other side; mirrored images keep it as it is" for name in unpaired
     ]
+    if len(names) > 1 and not unpaired and flip_idx == list(range(len(names))):
+        notes.append(
+            "no keypoint names tell a left from a right one, so images are not mirrored; give flip_idx in the data YAML"
+        )
+        return KeypointLayout(names=names, flip_idx=None, notes=notes)
     return KeypointLayout(names=names, flip_idx=flip_idx, notes=notes)
 
 
@@ -64,8 +71,19 @@ def flip_index(names: Sequence[str]) -> tuple[list[int], list[str]]:
     >>> flip_index(["nose", "left_eye", "right_eye"])
     ([0, 2, 1], [])
     """
-    words = [tuple(word.lower() for word in _WORD.findall(name)) for name in names]
+    words = [tuple(part for word in _WORD.findall(name) for part in _parted(word.lower())) for name in names]
     place = {key: index for index, key in enumerate(words)}
     mirrored = [place.get(tuple(_OTHER_SIDE.get(word, word) for word in key)) for key in words]
+    # `lsho` and `rsho`, or `Lshoulder`: a letter that is a side only because the other name is there.
+    letters = {name.lower(): index for index, name in enumerate(names)}
+    for i, name in enumerate(letters):
+        other = letters.get(_OTHER_SIDE.get(name[:1], "") + name[1:]) if len(letters) == len(names) else None
+        mirrored[i] = other if mirrored[i] in {None, i} and other is not None else mirrored[i]
     flip = [i if j is None or mirrored[j] != i else j for i, j in enumerate(mirrored)]  # a swap must go both ways
     return flip, [name for i, name in enumerate(names) if flip[i] == i and _SIDE.search(name)]
+
+
+def _parted(word: str) -> list[str]:
+    """A word, or the side and the rest where they are written as one."""
+    glued = _GLUED.fullmatch(word)
+    return [part for part in glued.groups() if part] if glued else [word]

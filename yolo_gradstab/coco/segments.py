@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import cv2
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from scipy.spatial import cKDTree
 
 from yolo_gradstab.coco.annotations import CocoError, CocoImage, SegmentedAnnotation
 
@@ -17,6 +19,7 @@ __all__ = ["Outline", "RunLengths", "cut_outline", "decode_run_lengths", "join_o
 Outline = npt.NDArray[np.float64]  # (points, 2): x, y in pixels
 
 MIN_POINTS = 3  # fewer enclose no area
+FEW_PAIRS = 1 << 16
 
 
 class RunLengths(msgspec.Struct):
@@ -100,11 +103,21 @@ def join_outlines(outlines: Sequence[Outline]) -> Outline:
     """
     joined = outlines[0]
     for part in outlines[1:]:
-        squared = ((joined[:, None] - part[None]) ** 2).sum(-1)
-        here, there = np.unravel_index(int(squared.argmin()), squared.shape)
-        loop = np.roll(part, -int(there), axis=0)
+        here, there = _nearest(joined, part)
+        loop = np.roll(part, -there, axis=0)
         joined = np.concatenate([joined[: here + 1], loop, loop[:1], joined[here:]])
     return joined
+
+
+def _nearest(first: Outline, second: Outline) -> tuple[int, int]:
+    """Where two outlines come closest: an index into each."""
+    if len(first) * len(second) <= FEW_PAIRS:  # where all distances are sooner had than a tree
+        squared = ((first[:, None] - second[None]) ** 2).sum(-1)
+        here, there = np.unravel_index(int(squared.argmin()), squared.shape)
+        return int(here), int(there)
+    distances, places = cKDTree(first, balanced_tree=False, compact_nodes=False).query(second)
+    nearest = int(distances.argmin())
+    return int(places[nearest]), nearest
 
 
 def _decoded(shape: RunLengths, where: str) -> npt.NDArray[np.uint8]:
@@ -133,5 +146,23 @@ def _expand(text: str) -> list[int]:
 
 
 def _contours(mask: npt.NDArray[np.uint8]) -> list[Outline]:
-    found, _ = cv2.findContours(np.ascontiguousarray(mask), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
-    return [contour.reshape(-1, 2).astype(np.float64) for contour in found if len(contour) >= MIN_POINTS]
+    """Outlines along the edges of the pixels, which enclose just the area of the mask (but for its holes)."""
+    # OpenCV's contours go through the middle of pixels. Of a mask of twice the size they go through each pixel's own
+    # left and right half, whose numbers, 2x and 2x + 1, tell the edges x and x + 1.
+    left, top, width, height = cv2.boundingRect(np.ascontiguousarray(mask))
+    if not width:
+        return []
+    object_ = np.ascontiguousarray(mask[top : top + height, left : left + width])
+    twice = cv2.resize(object_, (2 * width, 2 * height), interpolation=cv2.INTER_NEAREST)
+    found, _ = cv2.findContours(twice, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    offset = np.array([left, top])
+    return [_corners((contour.reshape(-1, 2) + 1) // 2) + offset for contour in found]
+
+
+def _corners(points: npt.NDArray[Any]) -> Outline:
+    """The points at which a closed outline of unit steps turns."""
+    step = points - np.roll(points, 1, axis=0)
+    points, step = points[step.any(axis=1)], step[step.any(axis=1)]
+    turns = (step != np.roll(step, -1, axis=0)).any(axis=1)
+    corners: Outline = points[turns].astype(np.float64)
+    return corners
