@@ -285,6 +285,13 @@ def test_annotation_without_outline_is_not_used_for_segment(build: Builder, shap
     assert report.unused == expected
 
 
+def test_parts_that_enclose_nothing_are_counted(build: Builder) -> None:
+    triangle = [10, 20, 50, 20, 50, 40]
+    report = check(build, segmented(build, [triangle, [1, 2, 3, 4]], [[5, 5, 6, 6], [7, 7]]), task="segment")
+    assert (report.used, report.unused) == (1, {"no_segment": 1})
+    assert report.notes == ["1 parts of segments have fewer than 3 points and are left out"]
+
+
 def test_same_box_with_other_outline_is_no_duplicate(build: Builder) -> None:
     one, other = [[10, 20, 50, 20, 50, 40, 10, 40]], [[10, 20, 50, 40, 50, 20, 10, 40]]
     assert check(build, segmented(build, one, other, one), task="segment").unused == {"duplicate": 1}

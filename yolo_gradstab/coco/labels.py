@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from yolo_gradstab.coco.annotations import CocoAnnotations, CocoCategory, CocoError, CocoImage, SegmentedAnnotation
 from yolo_gradstab.coco.keypoints import KeypointLayout, keypoint_layout
-from yolo_gradstab.coco.segments import cut_outline, join_outlines, read_outlines
+from yolo_gradstab.coco.segments import MIN_POINTS, cut_outline, join_outlines, read_outlines
 
 __all__ = [
     "REASONS",
@@ -218,10 +218,13 @@ def make_labels(coco: CocoAnnotations, files: Mapping[int, str], *, task: str) -
     columns = _columns(coco, files)
     boxes, cut = _clip_boxes(columns)
     points = _read_keypoints(coco, layout, columns) if layout else None
-    outlines = _read_segments(coco, columns, cut) if task == "segment" else {}
+    outlines, num_short = _read_segments(coco, columns, cut) if task == "segment" else ({}, 0)
     rows = _rows(columns, boxes, points, outlines)
     columns.reject(_repeated(columns, rows, outlines), "duplicate")
     used = columns.used()
+    notes = list(layout.notes) if layout else []
+    if num_short:
+        notes.append(f"{num_short} parts of segments have fewer than {MIN_POINTS} points and are left out")
     return CocoLabels(
         task=task,
         images=_by_image(coco.images, files, columns, rows, outlines),
@@ -234,7 +237,7 @@ def make_labels(coco: CocoAnnotations, files: Mapping[int, str], *, task: str) -
         num_keypoints_outside=int(points.num_outside[used].sum()) if points else 0,
         num_by_class=np.bincount(columns.category, minlength=len(coco.categories)).tolist(),
         num_used_by_class=np.bincount(columns.category[used], minlength=len(coco.categories)).tolist(),
-        notes=list(layout.notes) if layout else [],
+        notes=notes,
     )
 
 
@@ -310,23 +313,29 @@ def _read_keypoints(coco: CocoAnnotations, layout: KeypointLayout, columns: _Col
     return _Keypoints(values=values, num_outside=outside.sum(1))
 
 
-def _read_segments(coco: CocoAnnotations, columns: _Columns, cut: Mask) -> dict[int, Labels]:
-    """Return an outline for each annotation that is still used and has one, by position; mark those it cuts."""
+def _read_segments(coco: CocoAnnotations, columns: _Columns, cut: Mask) -> tuple[dict[int, Labels], int]:
+    """Return an outline for each annotation that is still used and has one, by position; mark those it cuts.
+
+    And how many of their parts enclose nothing, for want of points.
+    """
     outlines: dict[int, Labels] = {}
+    num_short = 0
     missing = np.zeros(len(coco.annotations), np.bool_)
     for index in columns.used().tolist():
         annotation, image = coco.annotations[index], coco.images[columns.image[index]]
         assert isinstance(annotation, SegmentedAnnotation), "the task segment needs read_coco(..., segments=True)"
         whole, size = read_outlines(annotation, image, coco.path), columns.size[index]
-        parts = [cut_outline(part, size) for part in whole]
-        cut[index] |= any(part is not before for part, before in zip(parts, whole, strict=True))
+        closed = [part for part in whole if len(part) >= MIN_POINTS]
+        parts = [cut_outline(part, size) for part in closed]
+        cut[index] |= any(part is not before for part, before in zip(parts, closed, strict=True))
         inside = [part / size for part in parts if len(part)]
         if inside and (np.ptp(np.concatenate(inside), axis=0) > 0).all():
             outlines[index] = join_outlines(inside).astype(np.float32) + np.float32(0)  # -0.0 becomes 0.0
+            num_short += len(whole) - len(closed)
         else:
             missing[index] = True
     columns.reject(missing, "no_segment")
-    return outlines
+    return outlines, num_short
 
 
 def _rows(columns: _Columns, boxes: Floats, points: _Keypoints | None, outlines: Mapping[int, Labels]) -> Labels:

@@ -14,7 +14,7 @@ from scipy.spatial import cKDTree
 
 from yolo_gradstab.coco.annotations import CocoError, CocoImage, SegmentedAnnotation
 
-__all__ = ["Outline", "RunLengths", "cut_outline", "decode_run_lengths", "join_outlines", "read_outlines"]
+__all__ = ["MIN_POINTS", "Outline", "RunLengths", "cut_outline", "decode_run_lengths", "join_outlines", "read_outlines"]
 
 Outline = npt.NDArray[np.float64]  # (points, 2): x, y in pixels
 
@@ -30,7 +30,7 @@ class RunLengths(msgspec.Struct):
 
 
 def read_outlines(annotation: SegmentedAnnotation, image: CocoImage, path: str) -> list[Outline]:
-    """Decode the segmentation of one annotation; outlines of fewer than three points enclose nothing and are left out.
+    """Decode the segmentation of one annotation, with parts of fewer points than `MIN_POINTS`.
 
     Raises:
         CocoError: If the segmentation is neither polygons nor a run-length mask of the image's size.
@@ -48,8 +48,7 @@ def read_outlines(annotation: SegmentedAnnotation, image: CocoImage, path: str) 
     odd = [len(polygon) for polygon in shape or () if len(polygon) % 2]
     if odd:
         raise CocoError(f"{where} has a polygon of {odd[0]} numbers; x, y pairs make an even number")
-    outlines = [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in shape or ()]
-    return [outline for outline in outlines if len(outline) >= MIN_POINTS]
+    return [np.asarray(polygon, np.float64).reshape(-1, 2) for polygon in shape or ()]
 
 
 def decode_run_lengths(shape: RunLengths) -> npt.NDArray[np.uint8]:
