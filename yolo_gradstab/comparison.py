@@ -20,14 +20,14 @@ import yaml
 from yolo_gradstab import stats
 from yolo_gradstab.config import CLIP_POLICIES, Config, ConfigError, Init, load_config
 from yolo_gradstab.diagnosis import Finding, failed_words
-from yolo_gradstab.diagnosis.case import stage_of
+from yolo_gradstab.diagnosis.case import effective_lr, stage_of
 from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
 from yolo_gradstab.diagnosis.layers import backbone
 from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
 from yolo_gradstab.runs import RunError, RunFolder, one_line
 from yolo_gradstab.stats import Estimate
 from yolo_gradstab.sweep import Spec, Trial, plan, read_trial, trial_at
-from yolo_gradstab.telemetry import QUALITY, Run, effective_lr, lasting, read_run
+from yolo_gradstab.telemetry import QUALITY, Run, lasting, read_run
 
 __all__ = [
     "DIVERGED",

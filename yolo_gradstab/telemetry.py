@@ -37,10 +37,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 import polars as pl
 
-from yolo_gradstab import stats
 from yolo_gradstab.runs import RunError, RunFolder, Status, one_line, replacing
 
 if TYPE_CHECKING:
@@ -362,18 +360,6 @@ def lasting(table: pl.DataFrame, events: Sequence[Mapping[str, Any]]) -> pl.Data
         if event.get("event") == "rollback" and isinstance(step, int) and isinstance(to_step, int):
             table = table.filter(~pl.col("step").is_between(to_step, step))
     return table
-
-
-def effective_lr(steps: pl.DataFrame, events: Sequence[Mapping[str, Any]], *, lr0: float) -> float | None:
-    """What lr0 amounts to after clipping and after the guard's backoffs, of the steps that were made and lasted."""
-    made = lasting(steps, events).filter(~pl.col("skipped").fill_null(False))
-    factors = np.ones(len(made))  # counts as a part of the clip: lr0 is what was asked for
-    for event in events:
-        step, factor = event.get("step"), event.get("lr_factor")
-        if event.get("event") == "rollback" and isinstance(step, int) and isinstance(factor, float) and factor > 0:
-            factors[(made["step"] > step).to_numpy()] = factor
-    lr, clip_coef = (made[name].fill_null(math.nan).to_numpy() for name in ("lr", "clip_coef"))
-    return stats.effective_lr(lr / factors, clip_coef * factors, lr0=lr0)
 
 
 def read_run(path: str | Path) -> Run:

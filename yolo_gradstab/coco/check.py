@@ -87,7 +87,7 @@ def check_coco(coco: str | Path, *, images: str | Path | Sequence[str | Path], t
         if image.id not in files
     ]
     problems += check_images(annotations.path, annotations.images, files, decode=True).values()
-    if not problems and not labels.num_used:
+    if not problems and labels.num_annotations and not labels.num_used:
         problems.append(f"{coco}: none of {labels.num_annotations} annotations can be used: nothing to train on")
     return make_report(annotations, labels, problems=problems)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast, get_args
 
@@ -11,13 +12,14 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from yolo_gradstab import stats
 from yolo_gradstab.diagnosis.finding import Severity
 from yolo_gradstab.guard import FIRST_STEPS, NO_QUALITY, Divergence, UnrestKind, find_divergences
 from yolo_gradstab.incident import Incident, IncidentError, read_incident
 from yolo_gradstab.runs import RunError, Status
-from yolo_gradstab.telemetry import Run, effective_lr, lasting
+from yolo_gradstab.telemetry import Run, lasting
 
-__all__ = ["Array", "Case", "Records", "finite", "records_of", "stage_of", "step_of"]
+__all__ = ["Array", "Case", "Records", "effective_lr", "finite", "records_of", "stage_of", "step_of"]
 
 HOST_LR0, HOST_MOMENTUM, HOST_WARMUP = 0.01, 0.937, 3.0  # the host's defaults
 EARLY_STEPS = 100
@@ -281,6 +283,18 @@ class Case:
 
 def _divergence(event: dict[str, Any]) -> Divergence:
     return Divergence(event.get("kind", "blowup"), step_of(event), str(event.get("reason") or ""))
+
+
+def effective_lr(steps: pl.DataFrame, events: Sequence[Mapping[str, Any]], *, lr0: float) -> float | None:
+    """What lr0 amounts to after clipping and after the guard's backoffs, of the steps that were made and lasted."""
+    made = lasting(steps, events).filter(~pl.col("skipped").fill_null(False))
+    factors = np.ones(len(made))  # counts as a part of the clip: lr0 is what was asked for
+    for event in events:
+        step, factor = event.get("step"), event.get("lr_factor")
+        if event.get("event") == "rollback" and isinstance(step, int) and isinstance(factor, float) and factor > 0:
+            factors[(made["step"] > step).to_numpy()] = factor
+    lr, clip_coef = (made[name].fill_null(math.nan).to_numpy() for name in ("lr", "clip_coef"))
+    return stats.effective_lr(lr / factors, clip_coef * factors, lr0=lr0)
 
 
 def step_of(event: dict[str, Any]) -> int:
