@@ -382,7 +382,7 @@ def test_an_interruption_reaches_the_trials_of_ray(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason='needs Ray: pip install "yolo-gradstab[ray]"')
     trials = acting(tmp_path, ["wait", "wait", "completed"])
     with start(tmp_path, trials, "ray") as sweep:
-        until(lambda: len(list(tmp_path.glob("trials/*/ready"))) == 2, 90)
+        until(lambda: len(list(tmp_path.glob("trials/*/ready"))) == 2, 240)
         sweep.send_signal(signal.SIGINT)
         assert sweep.wait(60) != 0
         assert sweep.stderr is not None
