@@ -411,10 +411,9 @@ def _lr_range(words: list[str]) -> int:
     task = own.pop("task", None)
     if task is None:
         raise UsageError("lr-range: task must be given, as task=detect")
-    out = Path(
-        _options("lr-range", own, required=(), optional={**dict.fromkeys(own), "out": "runs/lr_range"}).pop("out")
-    )
-    own.pop("out", None)
+    if (out := own.pop("out", "runs/lr_range")) is None:
+        raise UsageError("lr-range: out must be given, or left out for runs/lr_range")
+    out = Path(out)
     result = run_lr_range(task, arguments, config, **as_numbers(own), out=out)
     if "optimizer" not in arguments:
         print("No optimizer was given: this is for SGD. Give optimizer=... for another")

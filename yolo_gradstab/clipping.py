@@ -509,8 +509,8 @@ def clip_update_(
     For each tensor with ``ratio = ||W - W_before|| / max(||W_before||, floor)`` above its bound, W becomes
     ``W_before + (W - W_before) * max_ratio / ratio``. Tensors within the bound keep their exact bits, and the
     optimizer's state is left as it is. Unlike a gradient clip this bounds the real step, whatever made it: momentum,
-    weight decay, Adam's denominator or Muon's orthogonalisation. A finite move whose norm is
-    beyond float32 is not made; one that is not finite leaves weights that are not, for others to see.
+    weight decay, Adam's denominator or Muon's orthogonalisation. A finite move whose norm is beyond float32 is not
+    made; one that is not finite leaves weights that are not, for others to see.
 
     Args:
         parameters: Tensors after the optimizer's step; changed in place.

@@ -20,7 +20,7 @@ import yaml
 from yolo_gradstab import stats
 from yolo_gradstab.config import CLIP_POLICIES, Config, ConfigError, Init, load_config
 from yolo_gradstab.diagnosis import Finding, failed_words
-from yolo_gradstab.diagnosis.case import effective_lr, stage_of
+from yolo_gradstab.diagnosis.case import HOST_LR0, HOST_WARMUP, effective_lr, stage_of
 from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
 from yolo_gradstab.diagnosis.layers import backbone
 from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
@@ -52,13 +52,11 @@ LENGTH_KEYS = ("epochs", "time", "batch", "nbs", "fraction")  # of the host's ar
 # Those that make no arm of a lone run: its place, its seed, its rate and what goes with it, and what only shows it.
 OF_A_RUN = {"name", "project", "save_dir", "exist_ok", "resume", "seed", "lr0", "warmup_bias_lr", "device", "workers"}
 OF_A_RUN |= {"task", "mode", "model", "data", "val", "save", "save_period", "plots", "verbose", "cache"}
-HOST_LR0 = 0.01  # the host's own default, for a run whose arguments are missing
 MOST_NAMED = 4  # arms in a sentence
 USABLE = 0.2  # below the best, a learning rate is still usable
 
 MOMENTS = ("start", "after warm-up", "end")  # at which gradients are compared over depth
 MOMENT_RECORDS = 3  # whose median stands for a moment after the start, of which there is one
-HOST_WARMUP_EPOCHS = 3.0
 
 
 class ReportError(ValueError):
@@ -139,7 +137,7 @@ class Entry:
         stage = pl.col("layer").replace_strict(stage_by_name, return_dtype=pl.Int64)
         table = self.layers.with_columns(stage=stage).filter(pl.col("stage").is_in(stages))
         given = self.run.args.get("warmup_epochs")
-        warmup_epochs = HOST_WARMUP_EPOCHS if given is None else float(given)
+        warmup_epochs = HOST_WARMUP if given is None else float(given)
         # The host keeps the last epoch out of the warm-up.
         warmup_epochs = min(warmup_epochs, max(float(self.run.args.get("epochs") or math.inf) - 1, 0.0))
         warm = self.steps.filter(pl.col("epoch") >= warmup_epochs)["step"]

@@ -24,6 +24,7 @@ import msgspec
 import polars as pl
 
 from yolo_gradstab.config import Config, ConfigError
+from yolo_gradstab.diagnosis.case import HIGHEST_LR0
 from yolo_gradstab.runs import make_out, replacing
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ FIRST_STEPS = 10  # while the running mean of the loss settles
 SLOPE_STEPS = 8  # to each side, for the steepest descent
 RISE = 4.0  # of the smoothed loss over its lowest: the course is left
 OPTIMIZER = "SGD"  # where none is given: the host's own default, auto, ignores the learning rate
-HIGHEST_LR0 = 1.0  # the host's own limit
 
 # What the test decides by itself.
 SET_BY_THE_TEST = {

@@ -473,9 +473,8 @@ def _write_spec(spec: Spec, folder: Path) -> None:
     """
     path = folder / "sweep.yaml"
     old = None
-    if path.is_file():
-        with suppress(SweepError, ConfigError):
-            old = read_spec(path)
+    with suppress(SweepError, ConfigError):  # missing, or no specification
+        old = read_spec(path)
     if old == spec:
         return
     if old is not None and path.read_text(encoding="utf-8") != _dumped(old):

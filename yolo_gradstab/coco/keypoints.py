@@ -57,12 +57,12 @@ def keypoint_layout(categories: Sequence[CocoCategory], path: str) -> KeypointLa
     notes += [
         f"keypoint {name} has no counterpart on the other side; mirrored images keep it as it is" for name in unpaired
     ]
-    if len(names) > 1 and not unpaired and flip_idx == list(range(len(names))):
+    is_known = len(names) == 1 or bool(unpaired) or flip_idx != list(range(len(names)))
+    if not is_known:
         notes.append(
             "no keypoint names tell a left from a right one, so images are not mirrored; give flip_idx in the data YAML"
         )
-        return KeypointLayout(names=names, flip_idx=None, notes=notes)
-    return KeypointLayout(names=names, flip_idx=flip_idx, notes=notes)
+    return KeypointLayout(names=names, flip_idx=flip_idx if is_known else None, notes=notes)
 
 
 def flip_index(names: Sequence[str]) -> tuple[list[int], list[str]]:
@@ -76,9 +76,11 @@ def flip_index(names: Sequence[str]) -> tuple[list[int], list[str]]:
     mirrored = [place.get(tuple(_OTHER_SIDE.get(word, word) for word in key)) for key in words]
     # `lsho` and `rsho`, or `Lshoulder`: a letter that is a side only because the other name is there.
     letters = {name.lower(): index for index, name in enumerate(names)}
-    for i, name in enumerate(letters):
-        other = letters.get(_OTHER_SIDE.get(name[:1], "") + name[1:]) if len(letters) == len(names) else None
-        mirrored[i] = other if mirrored[i] in {None, i} and other is not None else mirrored[i]
+    if len(letters) == len(names):
+        for name, i in letters.items():
+            other = _OTHER_SIDE.get(name[:1], "") + name[1:]
+            if mirrored[i] in {None, i} and other in letters:
+                mirrored[i] = letters[other]
     flip = [i if j is None or mirrored[j] != i else j for i, j in enumerate(mirrored)]  # a swap must go both ways
     return flip, [name for i, name in enumerate(names) if flip[i] == i and _SIDE.search(name)]
 

@@ -148,11 +148,12 @@ def _contours(mask: npt.NDArray[np.uint8]) -> list[Outline]:
     """Outlines along the edges of the pixels, which enclose just the area of the mask (but for its holes)."""
     # OpenCV's contours go through the middle of pixels. Of a mask of twice the size they go through each pixel's own
     # left and right half, whose numbers, 2x and 2x + 1, tell the edges x and x + 1.
-    left, top, width, height = cv2.boundingRect(np.ascontiguousarray(mask))
+    mask = np.ascontiguousarray(mask)
+    left, top, width, height = cv2.boundingRect(mask)
     if not width:
         return []
-    object_ = np.ascontiguousarray(mask[top : top + height, left : left + width])
-    twice = cv2.resize(object_, (2 * width, 2 * height), interpolation=cv2.INTER_NEAREST)
+    part = mask[top : top + height, left : left + width]
+    twice = cv2.resize(part, (2 * width, 2 * height), interpolation=cv2.INTER_NEAREST)
     found, _ = cv2.findContours(twice, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     offset = np.array([left, top])
     return [_corners((contour.reshape(-1, 2) + 1) // 2) + offset for contour in found]
@@ -161,7 +162,8 @@ def _contours(mask: npt.NDArray[np.uint8]) -> list[Outline]:
 def _corners(points: npt.NDArray[Any]) -> Outline:
     """The points at which a closed outline of unit steps turns."""
     step = points - np.roll(points, 1, axis=0)
-    points, step = points[step.any(axis=1)], step[step.any(axis=1)]
+    moves = step.any(axis=1)
+    points, step = points[moves], step[moves]
     turns = (step != np.roll(step, -1, axis=0)).any(axis=1)
     corners: Outline = points[turns].astype(np.float64)
     return corners

@@ -22,6 +22,7 @@ from yolo_gradstab.telemetry import Run, lasting
 __all__ = ["Array", "Case", "Records", "effective_lr", "finite", "records_of", "stage_of", "step_of"]
 
 HOST_LR0, HOST_MOMENTUM, HOST_WARMUP = 0.01, 0.937, 3.0  # the host's defaults
+HIGHEST_LR0 = 1.0  # that the host takes
 EARLY_STEPS = 100
 PEAK = 0.5  # of the highest rate, from which on a step counts as one at the peak
 WINDOW = 20  # steps before and after

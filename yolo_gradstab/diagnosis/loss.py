@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from yolo_gradstab.diagnosis.case import LEAST_WINDOW, MOSTLY, WINDOW, Array, Case, finite, step_of
+from yolo_gradstab.diagnosis.case import HIGHEST_LR0, LEAST_WINDOW, MOSTLY, WINDOW, Array, Case, finite, step_of
 from yolo_gradstab.diagnosis.finding import Finding, Kind, Measured, Severity, rounded
 from yolo_gradstab.diagnosis.rate import HOT_RATIO, rate_advice
 from yolo_gradstab.guard import FIRST_STEPS, NO_QUALITY
@@ -29,7 +29,6 @@ STALLED_STEPS = 100  # before which nothing can be said
 LONG_RUN = 1000  # steps after which mAP50 0 is an error
 HARDLY_FELL = 0.9  # of the starting loss
 RAISE_BY = 3.0
-HIGHEST_LR0 = 1.0  # that the host takes
 
 
 def loss_components(case: Case) -> Iterator[Finding]:
