@@ -141,6 +141,19 @@ def test_a_tensor_outside_of_its_storage_is_refused(tmp_path: Path, arguments: A
     assert read_tensors(archive(tmp_path / "b.pt", buffer.getvalue()))["a.weight"].tolist() == [0, 0]
 
 
+def test_what_is_stored_once_is_read_once_and_no_tensor_is_larger(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    buffer = io.BytesIO()
+    _Pickler(buffer, protocol=2).dump({f"{i}.weight": Strided(0, (2,), (1,)) for i in range(100)})
+    tensors = read_tensors(archive(path, buffer.getvalue()))
+    assert len({tensor.__array_interface__["data"][0] for tensor in tensors.values()}) == 1
+    for size, stride in (((3,), (0,)), ((2, 2), (0, 1))):
+        buffer = io.BytesIO()
+        _Pickler(buffer, protocol=2).dump({"a.weight": Strided(0, size, stride)})
+        with pytest.raises(AuditError, match="a tensor has more elements than are stored"):
+            read_tensors(archive(path, buffer.getvalue()))
+
+
 def test_a_pickle_cannot_change_the_reader(tmp_path: Path) -> None:
     # BUILD sets attributes on whatever stands on the stack, here the function that rebuilds tensors.
     for name in (b"ctorch._utils\n_rebuild_tensor_v2\n", b"ccollections\nOrderedDict\n", b"cos\nsystem\n"):

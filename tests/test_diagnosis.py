@@ -647,6 +647,13 @@ def test_expected_dead_tensors_are_told_apart() -> None:
     silent = msgspec.structs.replace(silent, layers=layers)
     assert the("dead_layer", silent).where == "model.7"
     assert "freeze=[7]" in the("dead_layer", silent).advice
+    # A tensor is not its stage, and what is distilled into another model has no stage at all.
+    others = event("model.5.conv.weight", "model.23.cv3.0.2.bias", "projector.0.0.weight")
+    for records, freeze in ((run(events=[others]), ""), (msgspec.structs.replace(silent, events=[others]), "[7]")):
+        found = the("dead_layer", records)
+        assert "projector.0.0.weight" in (found.where or "")
+        assert found.advice.endswith(f", or do not train them, with freeze={freeze}." if freeze else ".yaml.")
+    silent = msgspec.structs.replace(silent, events=[])
     assert kinds(msgspec.structs.replace(silent, args=silent.args | {"freeze": [7]})) == []
 
 
@@ -962,6 +969,35 @@ def test_an_advice_on_the_rate_takes_the_optimizer_from_the_host(written: Callab
     advice = the("lr_too_high", records).advice
     assert "Lower the rate of 0.001 to lr0=" in advice
     assert " and optimizer=AdamW, since optimizer=auto ignores lr0" in advice
+    assert ", with its momentum=0.9 and warmup_bias_lr=0" in advice  # in the host's `build_optimizer`
+
+
+def test_a_clip_and_a_momentum_mean_nothing_to_an_adaptive_optimizer() -> None:
+    """Kingma & Ba 2015: Adam's step does not depend on the gradient's scale, and its beta1 is that of a mean."""
+    for optimizer in ("AdamW", "Adam", "NAdam", "RAdam", "Adamax", "RMSProp"):
+        found = the("always_clipped", run(clip=0.02, args={"optimizer": optimizer}))
+        assert found.advice == f"There is nothing to do; with optimizer={optimizer} compare runs by lr0."
+        assert "effective lr after clipping" not in found.evidence
+        assert "normalised SGD" not in found.message
+        rate = the("lr_too_high", lost(**(HOT | {"args": {"optimizer": optimizer, "momentum": 0.98}})))
+        assert rate.advice.startswith("Lower the rate of 0.01 to lr0=")
+        assert "lr0 / (1 - momentum)" not in rate.evidence
+
+
+def test_a_rate_in_place_of_the_clip_takes_the_biases_rate_with_it() -> None:
+    """`warmup_bias_lr` is absolute: ten times the rate of the host's default, and of the new one too."""
+    plain = the("always_clipped", run(clip=0.02)).advice
+    assert " with lr0=0.0002 and warmup_bias_lr=0.002 would clip only the largest steps." in plain
+    for args in ({"warmup_bias_lr": 0.0}, {"warmup_epochs": 0}):
+        assert "warmup_bias_lr" not in the("always_clipped", run(clip=0.02, args=args)).advice
+
+
+def test_weights_that_a_mitigation_drew_are_that_mitigations() -> None:
+    init = {"method": "xavier_normal", "gain": 1000.0}
+    found = the("bad_init", run(events=[INIT], config={"mitigations": {"init": init}}))
+    assert found.advice == "Leave out mitigations.init=xavier_normal, or its gain of 1000."
+    # pretrained=True is the host's default, and loads nothing into a model that is a YAML.
+    assert the("bad_init", run(events=[INIT])).advice.endswith(", or start from trained ones, pretrained=WEIGHTS.pt.")
 
 
 def test_the_command_says_when_nothing_is_wrong(

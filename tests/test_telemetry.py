@@ -290,6 +290,8 @@ def test_a_folder_has_one_writer_and_a_killed_one_was_interrupted(tmp_path: Path
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights/last.pt").touch()
     assert (read_run(tmp_path).status.reason or "").endswith(f"; continue with resume={tmp_path}/weights/last.pt")
+    os.utime(tmp_path / "weights/last.pt", (1, 1))  # of a run that was here before
+    assert (read_run(tmp_path).status.reason or "").endswith(": killed, or lost")
     run.hold()  # its lock has ended with it
     run.hold()
     try:
@@ -388,6 +390,12 @@ def test_a_run_begins_without_what_killed_ones_left(tmp_path: Path) -> None:
     assert len(run.read_events()) == 1
     run.tidy(new=True)
     assert list(run.gradstab.iterdir()) == []
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "7").mkdir(parents=True)
+    (run.gradstab / "incidents").symlink_to(elsewhere)
+    run.tidy(new=True)
+    assert list(run.gradstab.iterdir()) == []
+    assert (elsewhere / "7").is_dir()
 
 
 def test_rows_that_are_kept_are_never_on_the_disk_less_than_once(

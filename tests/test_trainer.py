@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -29,7 +30,7 @@ from ultralytics.utils import LOGGER
 
 from yolo_gradstab import read_run, trainer_for
 from yolo_gradstab.config import ConfigError
-from yolo_gradstab.guard import UnrestKind, find_divergences
+from yolo_gradstab.guard import UnrestKind, find_divergences, matched_loss
 from yolo_gradstab.incident import read_incident
 from yolo_gradstab.replay import replay
 from yolo_gradstab.runs import RunError, RunFolder
@@ -89,6 +90,25 @@ def test_accumulation_is_stocks(drawn: dict[str, DrawnSet], tmp_path: Path) -> N
     assert steps["step"].to_list() == list(range(len(steps)))
     assert set(steps["images"]) == {4, 8, 12}
     assert steps["images"].sum() + ours._accumulated.images == 16 * 4
+
+
+def test_distillation_is_stocks_and_its_loss_is_none_of_matched_anchors(
+    drawn: dict[str, DrawnSet], tmp_path: Path
+) -> None:
+    arguments = drawn["detect"].arguments(tmp_path, val=False)
+    labels = {"data": str(drawn["detect"].yolo)}
+    teacher = train(DetectionTrainer, {**arguments, **labels, "name": "teacher"}).last
+    arguments["distill_model"] = str(teacher)
+    stock = train(DetectionTrainer, {**arguments, **labels, "name": "stock"})
+    ours = train(trainer_for("detect"), {**arguments, "name": "ours"})
+    assert_same_training(ours, stock)
+    steps = read_run(tmp_path / "ours").steps
+    parts = {name.removeprefix("loss_"): steps[name] for name in steps.columns if name.startswith("loss_")}
+    assert set(parts) == {"box", "cls", "l1", "dis"}
+    assert (parts["dis"] > 0).all()
+    assert matched_loss(parts).to_list() == pytest.approx((parts["box"] + parts["l1"]).to_list())
+    assert not any(name.startswith("teacher_model.") for name in ours._names)
+    assert len(ours._names) == len(ours._trained)
 
 
 def test_every_step_is_recorded_and_columns_reach_results_csv(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
@@ -821,6 +841,27 @@ def test_update_clip_bounds_every_real_step(drawn: dict[str, DrawnSet], tmp_path
     assert steps["update_ratio_max"].max() > 0.01
 
 
+def test_layers_that_a_callback_unfreezes_are_bounded_from_that_step_on(
+    drawn: dict[str, DrawnSet], tmp_path: Path
+) -> None:
+    weights: list[torch.Tensor] = []
+
+    def unfreeze(trainer: Any) -> None:
+        if trainer.epoch == 1:
+            for parameter in trainer.model.model[0].parameters():
+                parameter.requires_grad = True
+
+    def keep(trainer: Any) -> None:
+        weights.append(trainer.model.model[0].conv.weight.detach().clone())
+
+    arguments = drawn["detect"].arguments(tmp_path, freeze=1, val=False, lr0=0.3, warmup_epochs=0)
+    callbacks = {"on_train_epoch_start": unfreeze, "on_train_batch_end": keep}
+    train(trainer_for("detect", update_clip=0.001), arguments, **callbacks)
+    moved = [float((new - old).norm() / old.norm()) for old, new in pairwise(weights)]
+    assert moved[:3] == [0, 0, 0]  # the steps after the first of the epoch in which it is frozen
+    assert all(0 < ratio < 0.0011 for ratio in moved[3:]), moved
+
+
 @pytest.mark.parametrize(
     "optimizer",
     ["SGD", pytest.param("AdamW", marks=pytest.mark.slow), pytest.param("MuSGD", marks=pytest.mark.slow)],
@@ -1036,6 +1077,53 @@ def test_resume_with_another_batch_size_goes_on(drawn: dict[str, DrawnSet], tmp_
     steps = read_run(tmp_path / "run").steps
     assert steps["step"].to_list() == list(range(len(steps)))
     assert steps.filter(pl.col("epoch") >= 2)["images"].to_list() == [8, 8, 8, 8]
+
+
+def test_a_resume_that_freezes_layers_leaves_them_where_they_are(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:
+    """Gradients of micro-batches are pending in the checkpoint, also for the layer that is frozen now."""
+    weights = []
+    arguments = drawn["detect"].arguments(tmp_path, name="run", epochs=3, nbs=12, warmup_epochs=0, val=False)
+    with pytest.raises(InterruptionError):
+        train(trainer_for("detect"), arguments, on_train_epoch_end=interrupt_in(1))
+    state = torch.load(tmp_path / "run/weights/last.pt", weights_only=False)["optimizer"]["gradstab"]
+    assert state["grads"]["model.0.conv.weight"].abs().sum() > 0
+    resumed = YOLO(tmp_path / "run/weights/last.pt")
+    for event in ("on_train_epoch_start", "on_train_end"):
+        resumed.add_callback(event, lambda trainer: weights.append(trainer.model.model[0].conv.weight.detach().clone()))
+    resumed.train(resume=True, freeze=1, trainer=trainer_for("detect"))
+    assert len(weights) == 3
+    assert torch.equal(weights[0], weights[-1])
+
+
+def test_a_run_in_a_folder_that_was_used_before_is_not_told_to_resume_the_other(
+    drawn: dict[str, DrawnSet], tmp_path: Path
+) -> None:
+    def stop(trainer: Any) -> None:
+        raise KeyboardInterrupt
+
+    arguments = drawn["detect"].arguments(tmp_path, name="run", val=False)
+    train(trainer_for("detect"), arguments)
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer_for("detect"), arguments, on_train_epoch_end=stop)
+    assert (tmp_path / "run/weights/last.pt").is_file()
+    assert read_run(tmp_path / "run").status.reason == "SIGINT"
+
+
+def test_weights_that_the_configuration_does_not_fit_leave_a_failed_run(
+    drawn: dict[str, DrawnSet], tmp_path: Path
+) -> None:
+    """The host builds a checkpoint's model after the trainer, and before it trains."""
+    arguments = drawn["detect"].arguments(tmp_path, name="run", val=False)
+    weights = tmp_path / "yolo.pt"
+    YOLO(arguments.pop("model")).save(weights)
+    model = YOLO(weights)
+    with pytest.raises(ConfigError, match="would throw away the weights"):
+        model.train(trainer=trainer_for("detect", {"mitigations.init": "orthogonal"}), **arguments)
+    run = read_run(tmp_path / "run")
+    assert run.status.outcome == "failed"
+    assert (run.status.reason or "").startswith("ConfigError: mitigations.init=orthogonal would throw away")
+    assert run.config["mitigations"]["init"]["method"] == "orthogonal"
+    assert run.folder.is_left()
 
 
 def test_the_checkpoint_opens_in_stock(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:

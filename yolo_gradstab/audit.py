@@ -103,6 +103,7 @@ class _Reader(pickle.Unpickler):
         self._archive = archive
         self._root = root
         self._bytes = 0
+        self._storages: dict[tuple[str, str], Tensor] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         known = {
@@ -119,17 +120,20 @@ class _Reader(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, kind, key, _, _ = pid
-        data = self._archive.read(f"{self._root}/data/{key}")
-        stored = np.frombuffer(data, dtype=DTYPES[kind.name])
-        if kind.name == "BFloat16Storage":
-            return (stored.astype(np.uint32) << BFLOAT16_SHIFT).view(np.float32)
-        return stored
+        if (kind.name, key) not in self._storages:  # which a pickle may name any number of times
+            stored = np.frombuffer(self._archive.read(f"{self._root}/data/{key}"), dtype=DTYPES[kind.name])
+            if kind.name == "BFloat16Storage":
+                stored = (stored.astype(np.uint32) << BFLOAT16_SHIFT).view(np.float32)
+            self._storages[kind.name, key] = stored
+        return self._storages[kind.name, key]
 
     def _tensor(self, storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: Any) -> Tensor:
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         count = math.prod(list(size))
         if min([offset, *size, *stride]) < 0 or (count and last >= len(storage)):
             raise ValueError("a tensor reaches outside of what is stored")
+        if count > len(storage):
+            raise ValueError("a tensor has more elements than are stored")
         self._bytes += count * storage.itemsize
         if self._bytes > MOST_BYTES:
             raise ValueError("its tensors are larger than any model")

@@ -76,6 +76,7 @@ HIGH = 10.0
 # Of 42 drawn-set runs that learned none had a step whose matched loss was under 0.2 of its start; of those that had
 # collapsed most steps were under a thousandth, and nothing matched again but by chance.
 UNMATCHED_STEPS, UNMATCHED_OF = 10, 12
+EVERYWHERE = {"cls", "dis"}  # components that every anchor has, whether it is matched or not
 RARELY = 0.15  # of the steps before: sets with many images without objects have such steps all along
 WEIGHT_GROWTH = 100.0
 RUNNING_VAR = 1e8
@@ -440,14 +441,14 @@ def is_detector(parts: Iterable[str]) -> bool:
 
 
 def matched_loss(parts: Mapping[str, Any]) -> Any:
-    """The sum of those components that only matched anchors have: all but that of the classes.
+    """The sum of those components that only matched anchors have: all but those of the classes and of distillation.
 
     None without any, and for what is no detector.
 
     Args:
         parts: By name, with or without the host's ``_loss``; numbers, tensors, or columns.
     """
-    values = [abs(value) for name, value in parts.items() if name.removesuffix("_loss") != "cls"]
+    values = [abs(value) for name, value in parts.items() if name.removesuffix("_loss") not in EVERYWHERE]
     return sum(values) if values and is_detector(parts) else None
 
 

@@ -228,6 +228,14 @@ class RunFolder:
         """
         return _read_mapping(self.gradstab / "config.yaml")
 
+    def checkpoint(self) -> Path | None:
+        """The run's `last.pt`, if it has written one: a folder that is used again may hold that of another run."""
+        last, config = self.path / "weights" / "last.pt", self.gradstab / "config.yaml"
+        if not last.is_file() or not config.is_file():
+            return None
+        is_resumed = (self.gradstab / "args.yaml").is_file()  # its configuration is written anew, its checkpoint older
+        return last if is_resumed or last.stat().st_mtime >= config.stat().st_mtime else None
+
     def append_event(self, event: dict[str, Any]) -> None:
         """Add one line to `events.jsonl`; values that JSON cannot hold become null."""
         line = msgspec.json.encode(event) + b"\n"
@@ -302,7 +310,7 @@ if fcntl is not None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)

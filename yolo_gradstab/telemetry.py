@@ -265,8 +265,8 @@ class Run:
         if status.outcome == "running" and self.folder.is_left():
             status = self.folder.read_status()  # it may have come to its end just now
             if status.outcome == "running":
-                last = self.folder.path / "weights" / "last.pt"
-                advice = f"; continue with resume={last}" if last.is_file() else ""
+                last = self.folder.checkpoint()
+                advice = f"; continue with resume={last}" if last else ""
                 status.outcome, status.reason = "interrupted", f"its process is gone: killed, or lost{advice}"
                 status.step = max(status.step, _next_step(self.folder.steps))
         return status

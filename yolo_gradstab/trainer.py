@@ -205,7 +205,8 @@ class _Accumulated:
         self.terms += 1 if is_mean else images
         self.loss = self.loss + loss.detach()
         for name, value in items.items():
-            self.items[name] = self.items.get(name, 0.0) + value.detach() * images
+            # Distillation's is a vector of one.
+            self.items[name] = self.items.get(name, 0.0) + value.detach().reshape(()) * images
 
     def average_(self, num_ranks: int) -> None:
         """Make the losses those of all ranks, which then judge alike and record what they judged."""
@@ -313,6 +314,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._epoch_rows: list[dict[str, Any]] = []
         self._epoch_columns: dict[str, float] = {}
         self._folder: RunFolder | None = None  # taken by this process
+        self._training = False  # and no longer set up
+        self._can_resume = False  # from `last.pt`: a folder that is used again may hold another run's
         try:
             super().__init__(*args, **kwargs)
         except BaseException as error:  # a notebook keeps the traceback, and with it the trainer
@@ -363,6 +366,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         folder = RunFolder(path)
         folder.hold()
         self._folder = folder
+        self._can_resume = bool(self.resume)
         folder.tidy(new=not self.resume)
         if self.resume:
             folder.keep_args()
@@ -424,6 +428,15 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         Raises:
             ConfigError: They do not fit the model, or the weights; or the model is not this trainer's.
         """
+        try:
+            return self._build_model(cfg, weights, verbose)
+        except BaseException as error:
+            if not self._training:  # the host comes here before it trains, where the model is a checkpoint
+                self._fail_in_setup(error)
+                self._let_go()
+            raise
+
+    def _build_model(self, cfg: Any, weights: torch.nn.Module | None, verbose: bool) -> Any:
         self._check_head(cfg)
         wanted = self._config.mitigations
         if weights is not None:
@@ -461,6 +474,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if self.ddp:  # only launches workers, which come here themselves
             super().train()
             return
+        self._training = True
         with self._recorded():
             super().train()
 
@@ -475,6 +489,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if ours is not None:
             ours()
         super().run_callbacks(event)
+        if event == "on_train_epoch_start":  # where users unfreeze layers
+            self._index_parameters()
 
     def preprocess_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The host's, counting images: this runs once per micro-batch, after warm-up has set `accumulate`."""
@@ -1038,10 +1054,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _index_parameters(self) -> None:
         """List parameters once per epoch: building the lists costs as much as a norm, and a user may unfreeze some."""
         model = unwrap_model(self.model)
-        self._variances = [buffer for name, buffer in model.named_buffers() if name.endswith("running_var")]
-        named = list(model.named_parameters())
+        named = list(_without_teacher(model.named_parameters()))
         self._names = [name for name, _ in named]
         self._parameters = [p for _, p in named]
+        self._variances = [v for name, v in _without_teacher(model.named_buffers()) if name.endswith("running_var")]
         groups = self.optimizer.param_groups
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         self._trained_index = [i for i, p in enumerate(self._parameters) if p.requires_grad and id(p) in group_of]
@@ -1168,7 +1184,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         except (KeyboardInterrupt, SystemExit) as error:
             terminated = isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
             name = "SIGINT" if isinstance(error, KeyboardInterrupt) else "SIGTERM" if terminated else repr(error)
-            advice = f"; continue with resume={self.last}" if self.last.exists() else ""
+            advice = f"; continue with resume={self.last}" if self._can_resume and self.last.exists() else ""
             status = Status(outcome="interrupted", reason=name + advice)
             raise
         except Exception as error:
@@ -1248,6 +1264,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         try:
             saved = bool(super().save_model())
             last.write_bytes(self.last.data)
+            self._can_resume = True
             return saved
         finally:
             self.last = last
@@ -1403,7 +1420,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if state["mosaic_buffer"]:
             dataset.buffer[:] = state["mosaic_buffer"]
         for name, parameter in zip(self._names, self._parameters, strict=True):
-            grad = state["grads"].get(name)
+            # A resume may freeze layers; the optimizer would step with what is pending for them.
+            grad = state["grads"].get(name) if parameter.requires_grad else None
             parameter.grad = None if grad is None else grad.to(parameter.device)
         self._accumulated = _Accumulated.from_state(state["accumulated"])
         if self.world_size <= 1:  # only rank 0's were saved
@@ -1443,6 +1461,11 @@ def _fitting(wanted: Mitigations, before: Mitigations) -> Mitigations:
 def _in_words(modules: list[str]) -> str:
     shown = ", ".join(modules[:3]) + (", ..." if modules[3:] else "")
     return f"{len(modules)} changed ({shown})" if modules else "nothing to change, the model is so already"
+
+
+def _without_teacher(named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Without those of the model that a run is distilled from, which is part of the host's and not trained."""
+    return ((name, tensor) for name, tensor in named if not name.startswith("teacher_model."))
 
 
 def _our_state(ckpt: dict[str, Any] | None) -> dict[str, Any] | None:

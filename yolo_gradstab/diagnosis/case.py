@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast, get_args
@@ -21,7 +22,7 @@ from yolo_gradstab.telemetry import Run, lasting
 
 __all__ = ["Array", "Case", "Records", "effective_lr", "finite", "records_of", "stage_of", "step_of"]
 
-HOST_LR0, HOST_MOMENTUM, HOST_WARMUP = 0.01, 0.937, 3.0  # the host's defaults
+HOST_LR0, HOST_MOMENTUM, HOST_WARMUP, HOST_WARMUP_BIAS_LR = 0.01, 0.937, 3.0, 0.1  # the host's defaults
 HIGHEST_LR0 = 1.0  # that the host takes
 EARLY_STEPS = 100
 PEAK = 0.5  # of the highest rate, from which on a step counts as one at the peak
@@ -118,12 +119,20 @@ class Case:
         """The arguments that set a rate, for an advice: with the optimizer where that was left to the host."""
         if not self.events("optimizer"):
             return f"lr0={lr0}"
-        return f"lr0={lr0} and optimizer={self.args.get('optimizer')}, since optimizer=auto ignores lr0"
+        # The host takes others of its own with it, which it would not if the optimizer were named.
+        own = f"with its {'momentum=0.9 and ' if self.is_adaptive else ''}warmup_bias_lr=0"
+        return f"lr0={lr0} and optimizer={self.args.get('optimizer')}, since optimizer=auto ignores lr0, {own}"
+
+    @cached_property
+    def is_adaptive(self) -> bool:
+        """Whether the optimizer divides the gradient by its own size: a clip then hardly changes its steps."""
+        name = str(self.args.get("optimizer", "")).upper()
+        return "ADAM" in name or name == "RMSPROP"
 
     @cached_property
     def momentum(self) -> float:
-        """Of the optimizer, or its beta1."""
-        return self.number("momentum", HOST_MOMENTUM)
+        """Of SGD and its kin, whose steps add gradients up; 0 of an adaptive one, whose beta1 is of a mean."""
+        return 0.0 if self.is_adaptive else self.number("momentum", HOST_MOMENTUM)
 
     @cached_property
     def data(self) -> str:
@@ -147,8 +156,11 @@ class Case:
         return self.lr0 * next((factor for factor in reversed(factors) if factor), 1.0)
 
     def effective_lr(self, until: float = math.inf) -> float | None:
-        """What `lr0` amounted to after clipping and backoffs, up to a step; of a run without such columns, nothing."""
-        if not {"lr", "clip_coef", "skipped"} <= set(self.steps.columns):
+        """What `lr0` amounted to after clipping and backoffs, up to a step.
+
+        Nothing of a run without such columns, and of an adaptive optimizer, whose steps are not its gradients.
+        """
+        if self.is_adaptive or not {"lr", "clip_coef", "skipped"} <= set(self.steps.columns):
             return None
         events = [event for event in self.records.events if step_of(event) < until]
         return effective_lr(self.steps.filter(pl.col("step") <= until), events, lr0=self.lr0)
@@ -306,8 +318,8 @@ def step_of(event: dict[str, Any]) -> int:
 
 def stage_of(name: str) -> int:
     """Of `model.<stage>` and of every tensor in it; -1 for other names."""
-    words = name.split(".")
-    return int(words[1]) if len(words) > 1 and words[1].isdigit() else -1
+    match = re.match(r"(?:student_model\.)?model\.(\d+)(?:\.|$)", name)  # the first of a model that is distilled
+    return int(match[1]) if match else -1
 
 
 def finite(value: Any) -> float | None:

@@ -44,8 +44,18 @@ def bad_init(case: Case) -> Iterator[Finding]:
                 tensor["name"]: Measured(tensor["scale"], f"{least:g} to {most:g} times the usual")
                 for tensor in tensors[:MOST_NAMED]
             },
-            advice=f"Initialise these weights anew in the model {case.model}, or start from pretrained=True.",
+            advice=_other_weights(case),
         )
+
+
+def _other_weights(case: Case) -> str:
+    init = (case.records.config.get("mitigations") or {}).get("init")
+    if init:
+        gain = init.get("gain", 1.0)
+        return f"Leave out mitigations.init={init.get('method')}{f', or its gain of {gain:g}' if gain != 1 else ''}."
+    return (
+        f"Initialise these weights anew in the model {case.model}, or start from trained ones, pretrained=WEIGHTS.pt."
+    )
 
 
 def depth(case: Case) -> Iterator[Finding]:
@@ -120,7 +130,8 @@ def dead_layer(case: Case) -> Iterator[Finding]:
     spans = {step_of(event): int(event.get("steps", 0)) for event in case.events("dead")}
     frozen = _frozen(case.args.get("freeze"))
     named = {stage_of(name) for _, name in dead}
-    dead += [(step, stage) for step, stage in _silent_stages(case) if stage_of(stage) not in named]
+    silent = _silent_stages(case)
+    dead += [(step, stage) for step, stage in silent if stage_of(stage) not in named]
     dead = [(step, name) for step, name in dead if ".dfl." not in name and stage_of(name) not in frozen]
     # Once nothing is matched any more, nothing has a gradient.
     unexpected = [
@@ -132,7 +143,8 @@ def dead_layer(case: Case) -> Iterator[Finding]:
     if not shown:
         return
     names = list(dict.fromkeys(name for _, name in shown))
-    stages = sorted({stage_of(name) for name in names})
+    # What the host freezes are whole stages.
+    stages = sorted({stage_of(name) for name in names} & {stage_of(stage) for _, stage in silent} - {-1})
     yield Finding(
         kind="dead_layer",
         severity="warning" if unexpected else "info",
@@ -141,7 +153,8 @@ def dead_layer(case: Case) -> Iterator[Finding]:
         step=min(step for step, _ in shown),
         where=listed(names, most=MOST_NAMED),
         evidence={"steps without any gradient": Measured(max(spans.values(), default=DEAD_STEPS), DEAD_STEPS)},
-        advice=f"Connect them to the loss in the model {case.model}, or do not train them, with freeze={stages}.",
+        advice=f"Connect them to the loss in the model {case.model}"
+        + (f", or do not train them, with freeze={stages}." if stages else "."),
     )
 
 

@@ -7,7 +7,16 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from yolo_gradstab.diagnosis.case import HOST_WARMUP, LEAST_WINDOW, MOSTLY, WINDOW, Array, Case, step_of
+from yolo_gradstab.diagnosis.case import (
+    HOST_WARMUP,
+    HOST_WARMUP_BIAS_LR,
+    LEAST_WINDOW,
+    MOSTLY,
+    WINDOW,
+    Array,
+    Case,
+    step_of,
+)
 from yolo_gradstab.diagnosis.finding import Finding, Measured, rounded
 from yolo_gradstab.stats import MAD_TO_SIGMA
 
@@ -72,7 +81,10 @@ def _deviation(values: Array) -> float:
 
 
 def always_clipped(case: Case) -> Iterator[Finding]:
-    """More than half of the steps clipped: normalised SGD, whose rate is not the nominal one."""
+    """More than half of the steps clipped: normalised SGD, whose rate is not the nominal one.
+
+    An adaptive optimizer divides a clipped gradient by its own size, as it does any: the clip does next to nothing.
+    """
     coef = case.column("clip_coef")[~case.skipped]
     coef = coef[np.isfinite(coef)]
     if not len(coef) or (coef < 1).mean() <= MOSTLY:
@@ -82,13 +94,16 @@ def always_clipped(case: Case) -> Iterator[Finding]:
     clip = case.records.config.get("clip") or {}
     is_norm = clip.get("policy", "norm") == "norm"
     advice = "There is nothing to do; compare runs by the effective rate, and clip=none shows what is cut off."
-    if is_norm and len(norms):
+    if case.is_adaptive:
+        advice = f"There is nothing to do; with optimizer={case.args.get('optimizer')} compare runs by lr0."
+    elif is_norm and len(norms):
         high = rounded(float(np.quantile(norms, 0.9)))
-        lower = case.rate_key(rounded(effective or case.lr0))
-        advice = f"There is nothing to do; clip.max_norm={high} with {lower} would clip only the largest steps."
+        advice = f"There is nothing to do; clip.max_norm={high} with {_same_rate(case, effective or case.lr0)} would "
+        advice += "clip only the largest steps."
     given = [event for event in case.events("rollback") if "clip" in event]
     if given:
-        advice = "There is nothing to do; compare runs by the effective rate. clip=norm is what the guard gave the run."
+        by = "lr0" if case.is_adaptive else "the effective rate"
+        advice = f"There is nothing to do; compare runs by {by}. clip=norm is what the guard gave the run."
     evidence = {"share of steps clipped": Measured(float((coef < 1).mean()), MOSTLY), "lr0": Measured(case.lr0)}
     if effective is not None:
         evidence["effective lr after clipping"] = Measured(effective)
@@ -97,7 +112,16 @@ def always_clipped(case: Case) -> Iterator[Finding]:
     yield Finding(
         kind="always_clipped",
         severity="info",
-        message="most steps are clipped, so that this is normalised SGD at the effective rate below",
+        message="most steps are clipped, which hardly changes those of an adaptive optimizer"
+        if case.is_adaptive
+        else "most steps are clipped, so that this is normalised SGD at the effective rate below",
         evidence=evidence,
         advice=advice,
     )
+
+
+def _same_rate(case: Case, lr0: float) -> str:
+    """The arguments of this rate, and of the biases' in warm-up, which is absolute and has to follow it."""
+    bias = case.number("warmup_bias_lr", HOST_WARMUP_BIAS_LR) * lr0 / case.lr0 if case.lr0 > 0 else 0.0
+    follows = bias > 0 and case.number("warmup_epochs", HOST_WARMUP) > 0 and not case.events("optimizer")
+    return case.rate_key(rounded(lr0)) + (f" and warmup_bias_lr={rounded(bias)}" if follows else "")

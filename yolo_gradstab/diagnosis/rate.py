@@ -97,8 +97,8 @@ def _rate_severity(case: Case) -> Severity | None:
         return "warning"
     if case.usual_update is None:
         return None
-    adaptive = "ADAM" in str(case.args.get("optimizer", "")).upper()  # its weights grow early in good runs too
-    grown = 0.0 if adaptive or case.growth is None else case.growth
+    # Of adaptive optimizers weights grow early in good runs too.
+    grown = 0.0 if case.is_adaptive or case.growth is None else case.growth
     uneasy = _top(case.peak_updates, "largest") > UNEASY_RATIO
     warned = bool(case.events("warning"))
     learned_nothing = case.map50 is not None and case.map50 < NO_QUALITY
@@ -120,8 +120,9 @@ def _timing(case: Case) -> dict[str, Measured]:
     """When it went wrong, beside when the rate was highest, and what the rate amounted to after clipping."""
     if not len(case.lr) or not np.isfinite(case.lr).any():
         return {}
-    heavy = case.lr0 / max(1e-6, 1 - case.momentum)
-    evidence = {"lr0": Measured(case.lr0), "lr0 / (1 - momentum)": Measured(heavy)}
+    evidence = {"lr0": Measured(case.lr0)}
+    if not case.is_adaptive:
+        evidence["lr0 / (1 - momentum)"] = Measured(case.lr0 / max(1e-6, 1 - case.momentum))
     effective = case.effective_lr(until=case.trouble_step)
     if effective is not None:
         evidence["effective lr after clipping"] = Measured(effective)
