@@ -5,6 +5,8 @@ INSTALL ?= uv pip install --python .venv/bin/python
 BIN := .venv/bin
 export YOLO_OFFLINE ?= true
 export YOLO_AUTOINSTALL ?= false
+# Some containers switch bytecode off. Tests and sweeps start many processes, and each would compile torch and its kin anew.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-slow test-gpu test-trackers fuzz kills matrix audit trust faults notebooks lint bench bench-coco gpu clean
 
