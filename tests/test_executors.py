@@ -21,7 +21,7 @@ import pytest
 
 from yolo_gradstab.executors import TrialState, _visible_gpus, devices, run_trials
 from yolo_gradstab.report import build_report
-from yolo_gradstab.runs import RunFolder
+from yolo_gradstab.runs import RunFolder, Status
 from yolo_gradstab.telemetry import read_run
 from yolo_gradstab.trial import SweepError, Trial, TrialProcess, read_trial
 
@@ -237,6 +237,57 @@ def test_states_show_what_runs_and_what_has_ended(tmp_path: Path) -> None:
         ("diverged", "collapse", 0.41),
         ("completed", None, 0.41),
     ]
+
+
+def test_a_failed_trial_that_waits_to_be_run_again_is_not_shown_as_failed(tmp_path: Path) -> None:
+    looks: list[list[TrialState]] = []
+    trials = acting(tmp_path, ["completed", "completed"], seconds=1.5)
+    for trial in trials:
+        run = RunFolder(place(tmp_path, trial))
+        run.create({})
+        run.write_status(Status(outcome="failed", reason="OSError: disk full"))
+        (run.path / "trial.json").write_bytes(msgspec.json.encode(trial))
+        os.utime(run.path / "trial.json", (1e9, 1e9))
+    run_trials(trials, tmp_path, silent, watch=looks.append, retry=True)
+    assert {state.outcome for states in looks for state in states} == {None, "running", "completed"}
+    assert [state.outcome for state in looks[-1]] == ["completed", "completed"]
+
+
+HOLDER = """
+import sys
+from yolo_gradstab.runs import RunFolder, Status
+run = RunFolder(sys.argv[1])
+run.hold()
+run.create({})
+run.write_status(Status(step=100))
+print("held", flush=True)
+sys.stdin.readline()
+run.append_event({"event": "skip", "step": 100})
+run.write_status(Status(outcome="completed", step=200))
+"""
+
+
+def test_a_trial_that_is_resumed_by_hand_is_waited_for_and_its_records_are_kept(tmp_path: Path) -> None:
+    (trial,) = acting(tmp_path, ["completed"])
+    path = place(tmp_path, trial)
+    path.mkdir(parents=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as byhand:
+        assert byhand.stdout is not None
+        assert byhand.stdout.readline() == "held\n"
+        said: list[str] = []
+
+        def say(line: str) -> None:
+            said.append(line)
+            if "another process" in line:
+                threading.Timer(0.5, byhand.communicate, ["go\n"]).start()
+
+        run_trials([trial], tmp_path, say)
+        assert byhand.wait(10) == 0
+    assert "lr0=0.01 seed=0: another process trains into it; waiting for it" in said
+    assert diary(tmp_path, trial, "starts") == 0  # it had come to its end
+    assert [event["step"] for event in read_run(path).events] == [100]
 
 
 # Interrupted and killed

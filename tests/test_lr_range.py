@@ -291,3 +291,8 @@ def test_wrong_use_is_one_line(words: str, message: str, capfd: pytest.CaptureFi
 def test_arguments_are_checked_in_python_too(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="steps must be a whole number of at least 20, got 19"):
         run_lr_range("detect", {"model": "m", "data": "d", "optimizer": "SGD"}, steps=19, out=tmp_path)
+
+
+def test_without_a_step_nothing_is_suggested() -> None:
+    with pytest.raises(ValueError, match=r"^no optimizer step was made, so there is nothing to suggest rates by$"):
+        RangeTest(1e-5, 1.0, 100).result()

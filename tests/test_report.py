@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -100,7 +101,9 @@ def sweep(tmp_path: Path) -> Path:
     (folder / "sweep.yaml").write_text(yaml.safe_dump(msgspec.to_builtins(spec)))
     for trial in plan(spec, folder):
         if trial.lr0 == 0.1 and trial.arm["update_clip"] is None:
-            nan = Status(outcome="failed", step=16, reason="RuntimeError: loss is NaN | gave up", seconds=3.0)
+            nan = Status(
+                outcome="failed", step=16, reason="RuntimeError: Training failed: NaN persisted | 4 epochs", seconds=3.0
+            )
             status = nan if trial.seed else None
             write_trial(folder, trial, losses=COLLAPSE, norms=NORMS, metrics=[0.2, 0.0], status=status)
         else:
@@ -159,6 +162,23 @@ STATUS = {"step": 60, "seconds": 12.0}
         ),
         ({"status": Status(outcome="failed", reason="RuntimeError: NaN persisted", **STATUS)}, "nonfinite", 59),
         ({"status": Status(outcome="failed", reason="OSError: disk full", **STATUS)}, "failed", None),
+        (
+            {"status": Status(outcome="failed", reason="ValueError: cannot convert float NaN to integer", **STATUS)},
+            "failed",
+            None,
+        ),
+        (
+            {
+                "status": Status(
+                    outcome="failed",
+                    reason="RuntimeError: Checkpoint last.pt is corrupted with NaN/Inf weights",
+                    **STATUS,
+                )
+            },
+            "nonfinite",
+            59,
+        ),
+        ({"status": Status(outcome="diverged", step=300)}, "nonfinite", 299),  # of which every tenth is recorded, say
         (
             {"status": Status(outcome="stopped", divergence="nonfinite", reason="inf at step 7", **STATUS)},
             "nonfinite",
@@ -438,7 +458,7 @@ def test_trials_table_has_a_row_per_run(sweep: Path) -> None:
     assert lost["best_metric"].to_list() == [0.2, 0.2]
     assert "times its start" in lost["note"][0]
     assert lost["divergence_step"].to_list() == [12, 12]
-    assert lost["note"][1].startswith("RuntimeError: loss is NaN | gave up")
+    assert lost["note"][1].startswith("RuntimeError: Training failed: NaN persisted | 4 epochs")
 
 
 def test_documents_lead_with_what_the_numbers_say(sweep: Path) -> None:
@@ -670,6 +690,27 @@ def test_a_run_that_is_there_twice_counts_once_and_is_named(tmp_path: Path) -> N
     }
 
 
+def test_of_a_run_and_its_repetition_the_one_that_counts_is_shown(tmp_path: Path) -> None:
+    killed = write_run(tmp_path / "train", status=Status(outcome="interrupted", reason="SIGTERM", step=10))
+    again = write_run(tmp_path / "train2")
+    build_report([killed, again], tmp_path / "out")
+    summary = summary_of(tmp_path / "out")
+    assert [(arm["trials"], arm["unfinished"]) for arm in summary["arms"]] == [(1, 0)]
+    reason = f"the same configuration, learning rate and seed as {again}"
+    assert summary["not_shown"] == [{"path": str(killed), "reason": reason}]
+
+
+def test_the_bias_warm_up_makes_arms_only_where_it_differs_at_one_rate(tmp_path: Path) -> None:
+    def labels(*given: tuple[float, float]) -> list[str]:
+        runs = [write_run(tmp_path / f"{lr0}-{bias}", args={"lr0": lr0, "warmup_bias_lr": bias}) for lr0, bias in given]
+        build_report(runs, tmp_path / "out")
+        assert summary_of(tmp_path / "out")["not_shown"] == []
+        return [arm["label"] for arm in summary_of(tmp_path / "out")["arms"]]
+
+    assert labels((0.001, 0.01), (0.01, 0.1)) == ["norm 10"]  # as a sweep scales it
+    assert labels((0.02, 0.1), (0.02, 0.0)) == ["norm 10, warmup_bias_lr 0.1", "norm 10, warmup_bias_lr 0"]
+
+
 def test_a_rate_that_was_lowered_is_in_the_effective_one(tmp_path: Path) -> None:
     run = write_run(tmp_path / "train", args={"lr0": 1.0})
     back = {"event": "rollback", "step": 9, "to_step": 0, "kind": "blowup", "reason": "", "lr_factor": 0.25}
@@ -817,6 +858,205 @@ def test_trials_of_another_training_are_not_pooled_and_named(sweep: Path) -> Non
     reasons = [row["reason"] for row in after["not_shown"]]
     assert len(reasons) == len(plan(short, sweep))
     assert all("another training than the sweep's now (epochs=2, now epochs=" in reason for reason in reasons)
+
+
+BASE = SPEC | {"grid": {"lr0": [0.01, 0.1]}, "seeds": [0, 1, 2]}
+FAILED = {"status": Status(outcome="failed", reason="OSError: disk full", step=5)}
+LOST = {"losses": COLLAPSE, "norms": NORMS, "metrics": [0.2, 0.0]}
+
+
+def write_sweep(folder: Path, content: dict, run: Callable[[Trial], dict | None]) -> Path:
+    """A sweep with the trials that are not there yet and for which `run` gives what became of them."""
+    spec = read_spec(content)
+    (folder / "trials").mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.yaml").write_text(yaml.safe_dump(msgspec.to_builtins(spec)))
+    for trial in plan(spec, folder):
+        if not (folder / "trials" / trial.id).exists() and (how := run(trial)) is not None:
+            ours = {"clip", "update_clip", "mitigations", "guard"}
+            config = {key: value for key, value in trial.point.items() if key.partition(".")[0] in ours}
+            path = write_run(folder / "trials" / trial.id, config=config, **how)
+            (path / "trial.json").write_bytes(msgspec.json.encode(trial))
+    return folder
+
+
+def report_of(folder: Path) -> tuple[dict, str]:
+    build_report(folder)
+    return summary_of(folder), (folder / "report.md").read_text()
+
+
+def test_a_longer_grid_counts_each_run_once(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "rates", BASE, lambda trial: {})
+    write_sweep(folder, BASE | {"grid": BASE["grid"] | {"update_clip": [None, 0.03]}}, lambda trial: {})
+    summary, _ = report_of(folder)
+    assert [(arm["label"], arm["trials"], arm["num_seeds"]) for arm in summary["arms"]] == [
+        ("norm 10", 6, 3), ("norm 10 + update_clip 0.03", 6, 3)
+    ]  # fmt: skip
+    assert [arm["arm"] for arm in summary["arms"]] == [{"update_clip": None}, {"update_clip": 0.03}]
+    assert summary["not_shown"] == []
+
+
+def test_a_trial_that_is_there_under_two_ids_counts_once(tmp_path: Path) -> None:
+    """An earlier release trained it again; the one that counts is shown."""
+    folder = write_sweep(tmp_path / "rates", BASE, lambda trial: FAILED if trial.lr0 == 0.1 else {})
+    trials = plan(read_spec(BASE), folder)
+    for number, trial in enumerate(trials):
+        old = write_run(folder / "trials" / f"t{number:011d}", metrics=[0.1, 0.4])
+        (old / "trial.json").write_bytes(msgspec.json.encode(msgspec.structs.replace(trial, id=old.name)))
+    summary, _ = report_of(folder)
+    (arm,) = summary["arms"]
+    assert (arm["trials"], arm["num_seeds"], arm["failed"]) == (6, 3, 0)
+    dropped = {f"t{i:011d}" if trial.lr0 == 0.01 else trial.id for i, trial in enumerate(trials)}
+    assert {Path(item["path"]).name for item in summary["not_shown"]} == dropped
+    reason = "the same configuration, learning rate and seed as "
+    assert all(item["reason"].startswith(reason) for item in summary["not_shown"])
+
+
+def test_a_key_that_moves_into_the_grid_leaves_its_arm_whole(tmp_path: Path) -> None:
+    folder = write_sweep(tmp_path / "rates", BASE | {"seeds": [0]}, lambda trial: {})
+    train = {key: value for key, value in SPEC["train"].items() if key != "optimizer"}
+    grid = BASE["grid"] | {"optimizer": ["SGD", "AdamW"]}
+    write_sweep(folder, BASE | {"train": train, "grid": grid, "seeds": [0, 1]}, lambda trial: {})
+    summary, _ = report_of(folder)
+    assert [(arm["label"], arm["trials"]) for arm in summary["arms"]] == [("SGD, norm 10", 4), ("AdamW, norm 10", 4)]
+    assert [(pair["metric"]["num_pairs"], pair["metric"]["num_seeds"]) for pair in summary["comparisons"]] == [(4, 2)]
+
+
+def test_a_part_that_makes_its_reader_panic_is_named_and_the_rest_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As some bytes do in another place of the file; which ones depends on the reader's version."""
+    folder = write_sweep(tmp_path / "rates", BASE, lambda trial: {})
+    bad = next((folder / "trials" / plan(read_spec(BASE), folder)[0].id).glob("gradstab/layers/*.parquet"))
+    read = pl.read_parquet
+
+    def reader(path: Path, **options: Any) -> pl.DataFrame:
+        if path == bad:
+            raise pl.exceptions.PanicException("assertion failed: range.end as u64 <= self.size")
+        return read(path, **options)
+
+    monkeypatch.setattr(pl, "read_parquet", reader)
+    (comparison,), (left_out,) = gather([folder])
+    assert len(comparison.entries) == 5
+    assert f"layers/{bad.name}: assertion failed: range.end" in left_out.reason
+
+
+def test_data_or_model_in_the_grid_have_their_own_length_and_initial_loss(tmp_path: Path) -> None:
+    def run(trial: Trial) -> dict:
+        num_steps, loss = {"small.yaml": (60, 20.0), "large.yaml": (600, 2000.0)}[trial.arm[key]]
+        if trial.lr0 == 0.01:
+            status = Status(outcome="completed", step=num_steps, seconds=float(num_steps))
+            return {"losses": [loss] * num_steps, "status": status, "metrics": [0.1, 0.3]}
+        status = Status(outcome="diverged", divergence="blowup", reason="x", step=16, seconds=16.0)
+        return {"losses": [loss] * 16, "status": status}
+
+    for key in ("data", "model"):
+        train = {name: value for name, value in SPEC["train"].items() if name != key}
+        grid = BASE["grid"] | {key: ["small.yaml", "large.yaml"]}
+        folder = write_sweep(tmp_path / key, BASE | {"train": train, "grid": grid}, run)
+        summary, _ = report_of(folder)
+        # Validation loss 5 - 2 x .3; a lost run counts as the loss at the start.
+        assert [arm["lr_sensitivity"] for arm in summary["arms"]] == pytest.approx([(20 - 4.4) / 2, (2000 - 4.4) / 2])
+        if key == "data":
+            assert [arm["rmst"] for arm in summary["arms"]] == [(60 + 16) / 2, (600 + 16) / 2]
+            assert summary["compute_saved"] == 3 * (60 - 16) + 3 * (600 - 16)
+            assert summary["comparisons"][0]["survival_steps"]["reason"] == "runs of the two are not of one length"
+
+
+def test_what_is_spared_is_not_said_of_a_length_that_no_run_had(tmp_path: Path) -> None:
+    train = {name: value for name, value in SPEC["train"].items() if name != "epochs"}
+    grid = BASE["grid"] | {"epochs": [3, 30]}
+    lost = Status(outcome="diverged", divergence="blowup", reason="x", step=16, seconds=16.0)
+
+    def run(trial: Trial) -> dict:
+        return LOST | {"status": lost} if trial.arm["epochs"] == 30 or trial.lr0 == 0.1 else {}
+
+    summary, _ = report_of(write_sweep(tmp_path / "rates", BASE | {"train": train, "grid": grid}, run))
+    assert summary["compute_saved"] == 3 * (60 - 16)
+    reason = "without norm 10, epochs 30: no run as long came to its end"
+    assert summary["reasons"] == {"compute_saved": reason}
+
+
+def test_better_is_said_of_the_rates_and_seeds_that_both_arms_have(tmp_path: Path) -> None:
+    """The second ran at the lowest rate alone, where the first lost nothing either."""
+
+    def run(trial: Trial) -> dict:
+        return {} if trial.lr0 == 0.01 else FAILED if trial.arm["update_clip"] else LOST
+
+    grid = {"lr0": [0.01, 0.1, 0.3, 1.0], "update_clip": [None, 0.03]}
+    summary, text = report_of(write_sweep(tmp_path / "rates", BASE | {"grid": grid, "seeds": [0, 1, 2, 3, 4]}, run))
+    row = effects(summary["arms"]).filter(pl.col("measure") == "runs lost").row(1, named=True)
+    assert (row["words"], row["effect"]) == ("0 of 5", 0)
+    old = [{key: value for key, value in arm.items() if key != "runs"} for arm in summary["arms"]]  # not known of them
+    assert effects(old).filter(pl.col("measure") == "runs lost")["effect"].to_list() == [None, None]
+    assert (
+        " At the 5 pairs of learning rate and seed that all arms have, norm 10 lost 0 and norm 10 + update_clip 0.03 "
+        "lost 0.**"
+    ) in text
+
+
+@pytest.mark.parametrize("started", [True, False])
+def test_the_highest_stable_rate_and_the_basin_stop_at_a_rate_of_which_nothing_is_known(
+    tmp_path: Path, started: bool
+) -> None:
+    def run(trial: Trial) -> dict | None:
+        return {"metrics": [0.1, 0.3]} if trial.lr0 not in missing else FAILED if started else None
+
+    missing = {0.1}
+    content = BASE | {"grid": {"lr0": [0.01, 0.03, 0.1, 0.3, 1.0]}}
+    summary, text = report_of(write_sweep(tmp_path / "rates", content, run))
+    (arm,) = summary["arms"]
+    assert (arm["max_stable_lr"], arm["basin_decades"]) == (0.03, pytest.approx(math.log10(3)))
+    assert arm["reasons"]["max_stable_lr"] == "at least: no run at lr0 0.1 counts"
+    assert arm["reasons"]["basin_decades"].endswith("; no run at lr0 0.1 counts")
+    assert "| norm 10 | ≥ 0.03 |" in text
+    missing = {0.01}
+    summary, _ = report_of(write_sweep(tmp_path / "lowest", content, run))
+    (arm,) = summary["arms"]
+    assert (arm["max_stable_lr"], arm["reasons"]["max_stable_lr"]) == (None, "no run at lr0 0.01 counts")
+
+
+def test_the_smallest_p_that_is_said_is_that_of_the_table(tmp_path: Path) -> None:
+    def run(trial: Trial) -> dict:
+        lost = trial.lr0 == 0.1 and trial.arm["update_clip"] is None and trial.seed > 2
+        return FAILED if lost else {"metrics": [0.1, 0.3 + 0.01 * trial.seed]}
+
+    content = BASE | {"grid": BASE["grid"] | {"update_clip": [None, 0.03]}, "seeds": [0, 1, 2, 3, 4]}
+    summary, text = report_of(write_sweep(tmp_path / "rates", content, run))
+    assert summary["comparisons"][0]["metric"]["smallest_p"] == 0.0625
+    assert "With 3 runs per setting, 0 of 3 diverged is still compatible" in text
+    assert "no paired comparison by seed can give a p below 0.0625" in text
+
+
+def test_where_no_run_counts_it_is_said_why(tmp_path: Path) -> None:
+    _, text = report_of(write_sweep(tmp_path / "rates", BASE, lambda trial: FAILED))
+    assert "**No run counts: 6 failed.**" in text
+    running = {"status": Status(outcome="running", step=5)}
+    _, text = report_of(write_sweep(tmp_path / "begun", BASE, lambda trial: running))
+    assert "**No run has ended yet.**" in text
+
+
+def test_spikes_have_two_significant_digits(tmp_path: Path) -> None:
+    norms = np.random.default_rng(0).lognormal(3, 0.1, 3000)
+    norms[500::400] *= 50  # 7 of them
+    for seed in (0, 1):
+        write_run(tmp_path / str(seed), losses=[100.0] * 3000, norms=norms.tolist(), args={"seed": seed})
+    build_report([tmp_path / "0", tmp_path / "1"], tmp_path / "out")
+    assert "| 0.23%, 0.23% |" in (tmp_path / "out" / "report.md").read_text()
+    assert "<td>0.23%</td><td>0.23%</td>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_lone_runs_of_several_trainings_are_told_apart_in_the_files(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / f"{task}{seed}", args={"task": task, "model": "m.yaml", "data": "d.yaml", "seed": seed})
+        for task in ("detect", "pose")
+        for seed in (0, 1)
+    ]
+    build_report(runs, tmp_path / "out")
+    table = pl.read_csv(tmp_path / "out" / "trials.csv")
+    assert table.columns[-4:] == ["task", "model", "data", "metric_name"]
+    assert table.select(table.columns[-4:]).row(2) == ("pose", "m.yaml", "d.yaml", "mAP50-95")
+    names = [arm["comparison"] for arm in summary_of(tmp_path / "out")["arms"]]
+    assert names == ["detect: m.yaml on d.yaml", "pose: m.yaml on d.yaml"]
 
 
 def test_a_sweep_whose_configuration_file_is_elsewhere_is_shown(

@@ -440,6 +440,9 @@ def test_what_seeds_support_is_said() -> None:
     assert "up to 54%" in seeds_note(3)
     assert "below 0.25, so none can reach .05" in seeds_note(3)
     assert seeds_note(6).endswith("below 0.0312.")
+    assert "0 of 3 diverged" in seeds_note(3, smallest_p=0.0625)  # a pair may have more seeds than the fewest
+    assert "below 0.0625, so none" in seeds_note(3, smallest_p=0.0625)
+    assert "With 1 run per setting, 0 of 1 diverged" in seeds_note(1, smallest_p=0.0625)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from test_executors import TRIAL
 
 from yolo_gradstab import sweep as sweep_module
 from yolo_gradstab.cli import _training_arguments
-from yolo_gradstab.config import ConfigError
-from yolo_gradstab.runs import RunError, locked
+from yolo_gradstab.config import ConfigError, load_config
+from yolo_gradstab.runs import RunError, RunFolder, Status, locked
 from yolo_gradstab.sweep import Spec, SweepError, check_files, plan, read_spec, read_trial, run_sweep
 
 SPEC: dict[str, Any] = {
@@ -164,6 +164,47 @@ def test_what_the_file_of_our_keys_says_is_part_of_the_trial(tmp_path: Path) -> 
 def test_a_longer_grid_keeps_the_trials_there_are() -> None:
     base = {trial.id for trial in plan(small(), "out")}
     assert base < {trial.id for trial in plan(small(seeds=[0, 1], grid={"lr0": [0.01, 0.1, 1.0]}), "out")}
+
+
+@pytest.mark.parametrize(
+    "longer",
+    [
+        {"grid": {"lr0": [0.01, 0.1], "update_clip": [None, 0.03]}},
+        {"grid": {"lr0": [0.01, 0.1], "clip": ["none", "norm"]}},
+        {"grid": {"lr0": [0.01, 0.1], "clip": [{"policy": "norm", "max_norm": 10}, "agc"]}},
+        {"grid": {"lr0": [0.01, 0.1], "guard.divergence": ["off", "stop"]}},
+        {"grid": {"lr0": [0.01, 0.1], "optimizer": ["SGD", "AdamW"]}, "train": {"model": "tiny.yaml",
+         "data": "drawn.yaml", "epochs": 3.0}},
+        {"train": SPEC["train"] | {"guard": {"nonfinite": "skip"}, "telemetry.every": 1}},
+    ],
+)  # fmt: skip
+def test_the_same_training_is_the_same_trial_however_it_is_written(longer: dict[str, Any]) -> None:
+    base = {trial.id for trial in plan(small(), "out")}
+    assert base <= {trial.id for trial in plan(small(**longer), "out")}
+
+
+@pytest.mark.parametrize("file", [None, "clip: agc"])
+def test_a_trial_keeps_the_id_that_an_earlier_release_gave_it(tmp_path: Path, file: str | None) -> None:
+    """Also in a longer grid; the file of our keys may have changed since, and the run says what it used."""
+    train = dict(SPEC["train"])
+    if file:
+        (tmp_path / "mine.yaml").write_text(file)
+        train["gradstab"] = str(tmp_path / "mine.yaml")
+    trials = plan(small(train=train), tmp_path)
+    for number, trial in enumerate(trials):
+        old = msgspec.structs.replace(trial, id=f"t{number:011d}")
+        run = RunFolder(tmp_path / "trials" / old.id)
+        run.create(load_config(train.get("gradstab"), {"guard.divergence": "stop"}).to_dict())
+        run.write_status(Status(outcome="completed"))
+        (run.path / "trial.json").write_bytes(msgspec.json.encode(old))
+    grid = {"lr0": [0.01, 0.1], "update_clip": [None, 0.03]}
+    longer = plan(small(train=train, grid=grid), tmp_path)
+    assert [trial.id for trial in longer[::2]] == ["t00000000000", "t00000000001"]
+    assert all(f"name={trial.id}" in trial.command for trial in longer)
+    assert {trial.id for trial in longer[1::2]}.isdisjoint(path.name for path in (tmp_path / "trials").iterdir())
+    if file:
+        (tmp_path / "mine.yaml").write_text("clip: none")
+        assert not {"t00000000000", "t00000000001"} & {trial.id for trial in plan(small(train=train), tmp_path)}
 
 
 def test_command_is_what_a_user_would_type() -> None:

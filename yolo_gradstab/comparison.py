@@ -15,18 +15,17 @@ from typing import Any, Literal
 
 import msgspec
 import polars as pl
-import yaml
 
 from yolo_gradstab import stats
-from yolo_gradstab.config import CLIP_POLICIES, Config, ConfigError, Init, load_config
+from yolo_gradstab.config import CLIP_POLICIES, ConfigError, Init
 from yolo_gradstab.diagnosis import Finding, failed_words
 from yolo_gradstab.diagnosis.case import HOST_LR0, HOST_WARMUP, effective_lr, stage_of
 from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
 from yolo_gradstab.diagnosis.layers import backbone
 from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
-from yolo_gradstab.runs import RunError, RunFolder, one_line
+from yolo_gradstab.runs import RunError, RunFolder, gave_up_on_nan, one_line
 from yolo_gradstab.stats import Estimate
-from yolo_gradstab.sweep import Spec, Trial, plan, read_trial, trial_at
+from yolo_gradstab.sweep import Spec, Trial, identity_of, plan, planned_config, read_trial, trial_at
 from yolo_gradstab.telemetry import QUALITY, Run, lasting, read_run
 
 __all__ = [
@@ -48,7 +47,7 @@ DIVERGED: tuple[Verdict, ...] = ("nonfinite", "blowup", "collapse")
 UNFINISHED: tuple[Verdict, ...] = ("running", "interrupted", "stopped")
 UNDECIDED: tuple[Verdict, ...] = ("failed", *UNFINISHED)  # say nothing about a learning rate
 
-LENGTH_KEYS = ("epochs", "time", "batch", "nbs", "fraction")  # of the host's arguments, that set a run's steps
+LENGTH_KEYS = ("data", "epochs", "time", "batch", "nbs", "fraction")  # of the host's arguments, that set a run's steps
 # Those that make no arm of a lone run: its place, its seed, its rate and what goes with it, and what only shows it.
 OF_A_RUN = {"name", "project", "save_dir", "exist_ok", "resume", "seed", "lr0", "warmup_bias_lr", "device", "workers"}
 OF_A_RUN |= {"task", "mode", "model", "data", "val", "save", "save_period", "plots", "verbose", "cache"}
@@ -93,6 +92,10 @@ class Row(msgspec.Struct, kw_only=True):
     note: str
     sweep: str | None = None
     path: str
+    task: str
+    model: str
+    data: str
+    metric_name: str | None  # what `metric` is
 
 
 class Entry:
@@ -103,7 +106,8 @@ class Entry:
         self.arm = trial.arm if trial else _own_arm(run.config)
         self.steps, self.layers = run.steps, run.layers
         self.findings: list[Finding] | None = []  # most important first; none where records are damaged
-        self.config = run.config or (_planned_config(trial) if trial else {})
+        # A trial may have ended before it had written its own.
+        self.config = run.config or (planned_config(trial) if trial else {})
         self.row = _row(run, trial, arm_label(self.config, self.arm))
 
     @property
@@ -120,6 +124,11 @@ class Entry:
     def length(self) -> tuple[str, ...]:
         """What sets a run's number of steps, as far as it is of the arm."""
         return tuple(str(self.arm.get(key)) for key in LENGTH_KEYS)
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """What is trained on what, as far as it is of the arm."""
+        return tuple(str(self.arm.get(key)) for key in ("model", "data"))
 
     @property
     def score(self) -> float | None:
@@ -163,14 +172,6 @@ class Entry:
 # What became of a run ------------------------------------------------------------------------------------------------
 
 
-def _planned_config(trial: Trial) -> dict[str, Any]:
-    """Of a trial that ended before it had written its own."""
-    words = {key: text for key, equals, text in (word.partition("=") for word in trial.command) if equals}
-    keys = [key for key in words if key.partition(".")[0] in Config.__struct_fields__]
-    ours = {key: yaml.safe_load(words[key]) for key in keys}
-    return load_config(words.get("gradstab") or None, ours).to_dict()
-
-
 def _row(run: Run, trial: Trial | None, label: str) -> Row:
     steps, args, status = run.steps, run.args, run.status
     lr0 = trial.lr0 if trial else float(args.get("lr0", HOST_LR0))
@@ -181,6 +182,7 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
     made = lasting(steps, run.events).filter(~pl.col("skipped").fill_null(False))  # and not taken back
     summary, ratio = stats.norm_summary(norms), stats.loss_ratio(steps["loss"].fill_null(math.nan).to_numpy())
     metric = None if verdict in UNDECIDED else run.metric
+    given = args | (trial.arm if trial else {})  # a trial may have ended before the host wrote its arguments
     return Row(
         id=trial.id if trial else run.folder.path.name,
         arm=label,
@@ -208,6 +210,10 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
         seconds=status.seconds,
         note=note,
         path=str(run.folder.path),
+        task=str(given.get("task", "unknown")),
+        model=str(given.get("model", "unknown")),
+        data=str(given.get("data", "unknown")),
+        metric_name=run.metric_name,
     )
 
 
@@ -233,7 +239,7 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
     if status.outcome == "stopped":
         return "stopped", None, reason
     # The host's words for a run that it could not bring back; one without a step failed of something else.
-    gave_up = status.outcome == "failed" and "NaN" in reason and len(run.steps) > 0
+    gave_up = gave_up_on_nan(status) and len(run.steps) > 0
     if status.outcome == "failed" and not gave_up:
         return "failed", None, reason
     steps, layers = (lasting(table, run.events) for table in (run.steps, run.layers))
@@ -242,7 +248,7 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
         words = f"{found.kind} at step {found.step}: {found.reason}"
         return found.kind, found, "; ".join(text for text in (reason, words) if text)
     if gave_up or status.outcome == "diverged":  # a status can say so and not of which kind
-        return "nonfinite", Divergence("nonfinite", max(0, len(run.steps) - 1), reason), reason
+        return "nonfinite", Divergence("nonfinite", max(0, status.step - 1, len(run.steps) - 1), reason), reason
     if map50 is not None and map50 < NO_QUALITY:
         return "stalled", None, reason
     return "kept", None, _survived(run)
@@ -349,8 +355,12 @@ def _short(value: Any) -> str:
 class Comparison:
     """Runs that may be compared: those of one sweep, or single runs of the same model on the same data."""
 
-    def __init__(self, name: str, entries: list[Entry], sweep: Path | None) -> None:
+    def __init__(
+        self, name: str, entries: list[Entry], sweep: Path | None, planned: Iterable[tuple[str, float]] = ()
+    ) -> None:
+        """Args: `planned` are the arms and learning rates of the sweep's grid, whether they have runs or not."""
         self.name = name
+        self.rates = {*planned, *((entry.row.arm, entry.row.lr0) for entry in entries)}
         self.entries = entries
         self.sweep = sweep
         self.stem = ""  # of its figures' files
@@ -372,13 +382,16 @@ class Comparison:
     @cached_property
     def fewest_seeds(self) -> int:
         """Of a learning rate of an arm, among the runs that count."""
-        cells = Counter((entry.row.arm, entry.row.lr0) for entry in self.entries if entry.counts)
-        return min(cells.values(), default=0)
+        return min((_fewest_seeds(runs) for label in self.labels if (runs := self._counting(label))), default=0)
 
     @property
     def seeds_note(self) -> str:
         """What so many seeds can and cannot support."""
-        return stats.seeds_note(self.fewest_seeds)
+        paired = [pair["metric"].smallest_p for pair in self.pairs if pair["metric"].num_pairs]
+        return stats.seeds_note(self.fewest_seeds, smallest_p=min(paired, default=None))
+
+    def _counting(self, label: str) -> list[Entry]:
+        return [entry for entry in self.entries if entry.row.arm == label and entry.counts]
 
     @cached_property
     def num_seeds(self) -> int:
@@ -394,10 +407,13 @@ class Comparison:
 
         Of all arms whose runs are meant to be as long.
         """
-        length = next(entry.length for entry in self.entries if entry.row.arm == label)
-        alike = [entry.row for entry in self.entries if entry.length == length]
+        alike = self._as_long(label)
         whole = [row.steps for row in alike if row.verdict in {"kept", "stalled"}]
         return max(1, int(median(whole)) if whole else max(row.steps for row in alike))
+
+    def _as_long(self, label: str) -> list[Row]:
+        length = next(entry.length for entry in self.entries if entry.row.arm == label)
+        return [entry.row for entry in self.entries if entry.length == length]
 
     @cached_property
     def horizons(self) -> str:
@@ -405,15 +421,16 @@ class Comparison:
         shortest, longest = (choose(map(self.horizon, self.labels)) for choose in (min, max))
         return f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
 
-    @cached_property
-    def initial_loss(self) -> float | None:
-        """Of the first training step, in what validation computes; median over the runs.
+    def initial_loss(self, label: str) -> float | None:
+        """Of the first training step, in what validation computes; median over the runs with an arm's model and data.
 
         Nothing is validated before the first epoch has been trained. Of untrained tiny models this loss was 8.4 where
         validation gave 7.4 (detect), and 19.1 where it gave 20.2 (pose).
         """
-        components = set().union(*(_validated(entry.run) for entry in self.entries))
-        found = [loss for entry in self.entries if (loss := _first_loss(entry.run, components)) is not None]
+        trained = next(entry.trained for entry in self.entries if entry.row.arm == label)
+        alike = [entry for entry in self.entries if entry.trained == trained]
+        components = set().union(*(_validated(entry.run) for entry in alike))
+        found = [loss for entry in alike if (loss := _first_loss(entry.run, components)) is not None]
         return median(found) if found else None
 
     @cached_property
@@ -426,18 +443,21 @@ class Comparison:
         lr0, diverged = [entry.row.lr0 for entry in runs], [entry.diverged for entry in runs]
         scores = [entry.score for entry in runs]
         best, at_best = _best(runs)
+        label = entries[0].row.arm
+        untold = sorted({rate for arm, rate in self.rates if arm == label} - set(lr0))  # no run there counts
         rate, half = stats.jeffreys(sum(diverged), len(runs)), stats.lr50(lr0, diverged)
         estimates = {
-            "lr_sensitivity": self._lr_sensitivity(runs),
+            "lr_sensitivity": self._lr_sensitivity(runs, label),
             "quality_sensitivity": stats.quality_sensitivity(lr0, scores),
-            "basin_decades": stats.basin_decades(lr0, scores),
-            "usable_decades": stats.basin_decades(lr0, scores, within=USABLE),
+            "basin_decades": _basin(runs, best["lr0"], untold),
+            "usable_decades": _basin(runs, best["lr0"], untold, within=USABLE),
         }
         if None in scores:  # which these would count as 0
             unknown = Estimate(reason="a run has no final metric")
             estimates |= dict.fromkeys(("quality_sensitivity", "basin_decades", "usable_decades"), unknown)
-        stable = stats.max_stable_lr(lr0, diverged)
-        survival = _survival(runs, self.horizon(entries[0].row.arm))
+        below = [entry for entry in runs if not untold or entry.row.lr0 < untold[0]]
+        stable = stats.max_stable_lr([entry.row.lr0 for entry in below], [entry.diverged for entry in below])
+        survival = _survival(runs, self.horizon(label))
         values: dict[str, Any] = {name: estimate.value for name, estimate in estimates.items()}
         values["spike_score"] = _median(entry.row.spike_score for entry in runs)
         values["robust_spike_score"] = _median(entry.row.robust_spike_score for entry in runs)
@@ -450,8 +470,10 @@ class Comparison:
         reasons |= {"lr50": half.reason} if half.reason else {}
         for key, found in (("depth_slope", slopes), ("depth_norm", norms)):
             reasons |= {f"{key}.{moment}": estimate.reason for moment, estimate in found.items() if estimate.reason}
-        if stable is None:
-            reasons["max_stable_lr"] = "a run diverged at the lowest learning rate" if runs else "no run that counts"
+        if untold and not any(entry.diverged for entry in below):
+            reasons["max_stable_lr"] = f"{'' if stable is None else 'at least: '}no run at lr0 {untold[0]:g} counts"
+        elif stable is None:
+            reasons["max_stable_lr"] = "a run diverged at the lowest learning rate"
         if best["metric"] is None:
             reasons["best"] = "no run was kept with a final metric"
         for name in ("clipped_share", "lr_eff"):
@@ -464,10 +486,11 @@ class Comparison:
             reasons["rmst"] = "no run that counts"
         return {
             "arm": entries[0].arm,
-            "label": entries[0].row.arm,
+            "label": label,
+            "comparison": self.name,
             "sweep": str(self.sweep) if self.sweep else None,
             "trials": len(runs),
-            "num_seeds": min(Counter(lr0).values(), default=0),
+            "num_seeds": _fewest_seeds(runs),
             "diverged": sum(diverged),
             "divergences": {kind: sum(entry.row.verdict == kind for entry in runs) for kind in DIVERGED},
             "stalled": sum(entry.row.verdict == "stalled" for entry in runs),
@@ -481,30 +504,41 @@ class Comparison:
             "depth_norm": {name: {"value": e.value, "low": e.low, "high": e.high} for name, e in norms.items()},
             "best": best,
             "seconds": sum(entry.row.seconds for entry in entries),
+            "runs": [
+                {"lr0": entry.row.lr0, "seed": entry.row.seed, "diverged": entry.diverged, "score": entry.score}
+                for entry in runs
+            ],
             "reasons": reasons,
         }
 
-    def _lr_sensitivity(self, runs: list[Entry]) -> Estimate:
-        if self.initial_loss is None:
+    def _lr_sensitivity(self, runs: list[Entry], label: str) -> Estimate:
+        initial_loss = self.initial_loss(label)
+        if initial_loss is None:
             return Estimate(reason="the loss at the start was not recorded, or no validation loss to compare with it")
         losses = [None if entry.diverged else entry.row.val_loss for entry in runs]
         if any(loss is None and not entry.diverged for loss, entry in zip(losses, runs, strict=True)):
             return Estimate(reason="a run has no validation loss")
-        return stats.lr_sensitivity([entry.row.lr0 for entry in runs], losses, initial_loss=self.initial_loss)
+        return stats.lr_sensitivity([entry.row.lr0 for entry in runs], losses, initial_loss=initial_loss)
 
     @cached_property
     def compute_saved_s(self) -> Estimate:
         """Seconds not spent on runs that had diverged: the steps to the end of a whole run, at each one's own pace."""
         if self.sweep is None:
             return Estimate(reason="single runs have no planned length")
-        if not any(entry.row.verdict in {"kept", "stalled"} for entry in self.entries):
+        ends = {
+            label for label in self.labels if any(row.verdict in {"kept", "stalled"} for row in self._as_long(label))
+        }
+        if not ends:
             return Estimate(reason="no run came to its end, so the length of one is not known")
+        lost = [entry.row for entry in self.entries if entry.diverged]
         saved = [
-            max(0, self.horizon(entry.row.arm) - entry.row.steps) * entry.row.seconds / max(1, entry.row.steps)
-            for entry in self.entries
-            if entry.diverged
+            max(0, self.horizon(row.arm) - row.steps) * row.seconds / max(1, row.steps)
+            for row in lost
+            if row.arm in ends
         ]
-        return Estimate(value=sum(saved))
+        left_out = list(dict.fromkeys(row.arm for row in lost if row.arm not in ends))
+        reason = f"without {_listed(left_out)}: no run as long came to its end" if left_out else None
+        return Estimate(value=sum(saved), reason=reason)
 
     @cached_property
     def pairs(self) -> list[dict[str, Any]]:
@@ -528,12 +562,10 @@ class Comparison:
         return stats.compare_survival(self._lives(first), self._lives(second), horizon=self.horizon(first))
 
     def _scores(self, label: str) -> dict[tuple[float, int], float]:
-        entries = [entry for entry in self.entries if entry.row.arm == label and entry.counts]
-        return {(e.row.lr0, e.row.seed): e.score for e in entries if e.score is not None}
+        return {(e.row.lr0, e.row.seed): e.score for e in self._counting(label) if e.score is not None}
 
     def _lives(self, label: str) -> dict[tuple[float, int], tuple[float, bool]]:
-        entries = [entry for entry in self.entries if entry.row.arm == label and entry.counts]
-        return {(e.row.lr0, e.row.seed): (_end(e), e.diverged) for e in entries}
+        return {(e.row.lr0, e.row.seed): (_end(e), e.diverged) for e in self._counting(label)}
 
     @cached_property
     def findings(self) -> list[FindingRow]:
@@ -673,13 +705,16 @@ class Comparison:
             return _single_sentence(self.entries[0].row, self.metric_name)
         arms = [arm for arm in self.arms if arm["trials"]]
         if not arms:
-            return "No run has ended yet."
+            counts = Counter(entry.row.verdict for entry in self.entries)
+            if counts.keys() == {"running"}:
+                return "No run has ended yet."
+            return f"No run counts: {_listed([f'{number} {kind}' for kind, number in counts.items()])}."
         shown, rest = (arms, []) if len(arms) <= MOST_NAMED else (arms[:1], arms[1:])
-        lost = [f"{arm['label']} lost {arm['diverged']} of {arm['trials']} runs" for arm in shown]
-        if rest:
-            fewest, most = (choose(arm["diverged"] for arm in rest) for choose in (min, max))
-            how = f"{fewest} each" if fewest == most else f"{fewest} to {most}"
-            lost.append(f"the {len(rest)} others {how if most else 'none'}")
+        lost = _losses(
+            [f"{arm['label']} lost {arm['diverged']} of {arm['trials']} runs" for arm in shown],
+            [arm["diverged"] for arm in rest],
+        )
+        alike = self._losses_alike(shown, rest)
         ranked = sorted(
             (arm for arm in arms if arm["best"]["metric"] is not None), key=lambda arm: -arm["best"]["metric"]
         )
@@ -687,9 +722,31 @@ class Comparison:
             ranked = [arm for i, arm in enumerate(ranked) if i < 2 or arm is arms[0]]
         best = [f"{a['best']['metric']:.3f} ({a['label']}, lr0 {a['best']['lr0']:g})" for a in ranked]
         if not best:
-            return f"{_listed(lost)}; no run has a final {self.metric_name}."
+            return f"{lost}; no run has a final {self.metric_name}.{alike}"
         middle = ", median over seeds" if self.num_seeds > 1 else ""
-        return f"{_listed(lost)}; best {self.metric_name}{middle}: {' against '.join(best)}."
+        return f"{lost}; best {self.metric_name}{middle}: {' against '.join(best)}.{alike}"
+
+    def _losses_alike(self, shown: list[dict[str, Any]], rest: list[dict[str, Any]]) -> str:
+        """Where arms do not have the same learning rates and seeds, what they lost at those that all have."""
+        cells = [_lost_by_cell(arm) for arm in (*shown, *rest)]
+        common = set.intersection(*map(set, cells))
+        if all(common == known.keys() for known in cells):
+            return ""
+        if not common:
+            return " The arms have no learning rate and seed in common."
+        counts = [sum(known[cell] for cell in common) for known in cells]
+        named = [f"{arm['label']} lost {count}" for arm, count in zip(shown, counts, strict=False)]
+        lost = _losses(named, counts[len(shown) :])
+        return f" At the {len(common)} pairs of learning rate and seed that all arms have, {lost}."
+
+
+def _losses(shown: list[str], rest: list[int]) -> str:
+    """How many runs were lost, in words of the arms that are named, and in numbers of the others."""
+    if rest:
+        fewest, most = min(rest), max(rest)
+        how = f"{fewest} each" if fewest == most else f"{fewest} to {most}"
+        shown = [*shown, f"the {len(rest)} others {how if most else 'none'}"]
+    return _listed(shown)
 
 
 class FindingRow(msgspec.Struct, kw_only=True):
@@ -732,6 +789,27 @@ def _finding_row(group: list[tuple[Entry, Finding]]) -> FindingRow:
     )
 
 
+def _fewest_seeds(runs: list[Entry]) -> int:
+    """Different seeds at the learning rate that has the fewest."""
+    seeds = Counter(rate for rate, _ in {(entry.row.lr0, entry.row.seed) for entry in runs})
+    return min(seeds.values(), default=0)
+
+
+def _basin(runs: list[Entry], best: float | None, unknown: list[float], **options: float) -> Estimate:
+    """Decades around the best rate, which end at the latest where nothing is known."""
+    if best is None:
+        return stats.basin_decades([], [], **options)
+    low = max((rate for rate in unknown if rate < best), default=0.0)
+    high = min((rate for rate in unknown if rate > best), default=math.inf)
+    known = [entry for entry in runs if low < entry.row.lr0 < high]
+    found = stats.basin_decades([entry.row.lr0 for entry in known], [entry.score for entry in known], **options)
+    missing = [f"{rate:g}" for rate in (low, high) if 0 < rate < math.inf]
+    if found.reason and found.value is not None and missing:
+        reason = f"{found.reason}; no run at lr0 {_listed(missing)} counts"
+        return msgspec.structs.replace(found, reason=reason)
+    return found
+
+
 def _kind(entry: Entry | None) -> str:
     return entry.row.verdict if entry else ""
 
@@ -751,16 +829,20 @@ def _survival(runs: list[Entry], horizon: int) -> float | None:
 
 def _best(entries: list[Entry]) -> tuple[dict[str, float | None], list[Entry]]:
     """The learning rate with the highest median over seeds, lost runs counting as 0, and the runs at it."""
+    runs = [{"lr0": e.row.lr0, "score": e.score, "diverged": e.diverged} for e in entries]
+    best = _best_of(runs)
+    return best, [entry for entry in entries if entry.row.lr0 == best["lr0"]]
+
+
+def _best_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     best: dict[str, float | None] = {"lr0": None, "metric": None, "low": None, "high": None}
-    at_best: list[Entry] = []
-    for lr0 in sorted({entry.row.lr0 for entry in entries}):
-        here = [entry for entry in entries if entry.row.lr0 == lr0]
-        scores = [entry.score for entry in here if entry.score is not None]
+    for lr0 in sorted({run["lr0"] for run in runs}):
+        here = [run for run in runs if run["lr0"] == lr0]
+        scores = [run["score"] for run in here if run["score"] is not None]
         is_better = scores and (best["metric"] is None or median(scores) > best["metric"])
-        if is_better and not all(entry.diverged for entry in here):
+        if is_better and not all(run["diverged"] for run in here):
             best = {"lr0": lr0, "metric": median(scores), "low": min(scores), "high": max(scores)}
-            at_best = here
-    return best, at_best
+    return best
 
 
 def _shown_for_depth(entries: list[Entry]) -> list[Entry]:
@@ -824,7 +906,8 @@ def effects(arms: Sequence[Mapping[str, Any]], *, metric: str = "mAP50-95") -> p
 
     Better and worse are said only where intervals do not overlap: of the share of runs lost (Jeffreys, 95 %) and of the
     slope over depth (Student over seeds; nearer to zero is better), or the ranges over seeds at the best rates. A
-    largest rate without a loss is one of a grid, and a gradient's size depends on the loss: neither is judged.
+    largest rate without a loss is one of a grid, and a gradient's size depends on the loss: neither is judged. Runs
+    lost and the best are judged at the learning rates and seeds that both arms have, whatever the words count.
 
     Args:
         arms: `arms` of `summary.json`; of several sweeps where all but the technique is the same.
@@ -839,7 +922,7 @@ def effects(arms: Sequence[Mapping[str, Any]], *, metric: str = "mAP50-95") -> p
     for arm in arms:
         slope = arm["depth_slope"].get("start", {})
         norm = arm.get("depth_norm", {}).get("start", {}).get("value")  # not in summaries of older versions
-        share, best, stable = arm["divergence_rate"], arm["best"], arm["max_stable_lr"]
+        best, stable = arm["best"], arm["max_stable_lr"]
         steepness = "not recorded" if slope.get("value") is None else f"{slope['value']:+.2f}".replace("-", "−")
         quality = "none"
         if best["metric"] is not None:
@@ -852,20 +935,37 @@ def effects(arms: Sequence[Mapping[str, Any]], *, metric: str = "mAP50-95") -> p
             "largest rate|without a loss": "none" if stable is None else f"{stable:g}",
             f"best {metric}|(range of seeds)": quality,
         }
+        (share, best), (first_share, first_best) = _alike(arm, first), _alike(first, arm)
         judged: list[int | None] = [
             _effect(first_slope, _magnitude(slope), higher_is_better=False),
             None,
-            _effect(first["divergence_rate"], share, higher_is_better=False),
+            _effect(first_share, share, higher_is_better=False),
             None,
             # One seed has no range.
-            _effect(first["best"], best, higher_is_better=True)
-            if min(first["num_seeds"], arm["num_seeds"]) > 1
-            else None,
+            _effect(first_best, best, higher_is_better=True) if min(first["num_seeds"], arm["num_seeds"]) > 1 else None,
         ]
         for (measure, text), effect in zip(words.items(), judged, strict=True):
             rows.append((arm["label"], measure, text, None if arm is first else effect))
     kinds = {"arm": pl.String, "measure": pl.String, "words": pl.String, "effect": pl.Int8}
     return pl.DataFrame(rows, schema=kinds, orient="row")
+
+
+def _lost_by_cell(arm: Mapping[str, Any]) -> dict[tuple[float, int], bool]:
+    return {(run["lr0"], run["seed"]): run["diverged"] for run in arm["runs"]}
+
+
+def _alike(arm: Mapping[str, Any], other: Mapping[str, Any]) -> tuple[Interval, Interval]:
+    """Share of runs lost, and range of seeds at the best rate, of an arm at the cells that another has too."""
+    if "runs" not in arm or "runs" not in other:  # of summaries of older versions: all, where there are as many
+        is_alike = arm["trials"] == other["trials"]
+        return (arm["divergence_rate"], arm["best"]) if is_alike else (_NOTHING, _NOTHING)
+    common = _lost_by_cell(arm).keys() & _lost_by_cell(other).keys()
+    runs = [run for run in arm["runs"] if (run["lr0"], run["seed"]) in common]
+    rate = stats.jeffreys(sum(run["diverged"] for run in runs), len(runs))
+    return {"low": rate.low, "high": rate.high}, _best_of(runs)
+
+
+_NOTHING: Interval = {"low": None, "high": None}
 
 
 def _magnitude(interval: Interval) -> dict[str, float | None]:
@@ -911,9 +1011,9 @@ def gather(paths: Sequence[Path]) -> tuple[list[Comparison], list[NotShown]]:
         if any(path.resolve() == other.resolve() for other in paths[:i]):
             not_shown.append(NotShown(str(path), "named twice"))
         elif (path / "trials").is_dir():
-            entries = _read_sweep(path, not_shown)
+            entries, planned = _read_sweep(path, not_shown)
             if entries:
-                comparisons.append(Comparison(path.resolve().name, entries, path))
+                comparisons.append(Comparison(path.resolve().name, entries, path, planned))
         elif path.is_dir():
             if not RunFolder(path).gradstab.is_dir():
                 raise ReportError(f"{path}: neither a run (no gradstab folder) nor a sweep (no trials folder)")
@@ -929,7 +1029,7 @@ def gather(paths: Sequence[Path]) -> tuple[list[Comparison], list[NotShown]]:
 
 
 def _told_apart(entries: list[Entry], not_shown: list[NotShown]) -> list[Entry]:
-    """Lone runs as arms by all that they differ in; of those that differ in nothing but their place, the first."""
+    """Lone runs as arms by all that they differ in, each configuration, rate and seed once."""
 
     def given(entry: Entry) -> dict[str, Any]:
         guard = {f"guard.{key}": value for key, value in (entry.config.get("guard") or {}).items()}
@@ -938,24 +1038,38 @@ def _told_apart(entries: list[Entry], not_shown: list[NotShown]) -> list[Entry]:
     known = [given(entry) for entry in entries]
     keys = dict.fromkeys(key for one in known for key in one)
     differing = [key for key in keys if len({str(one.get(key)) for one in known}) > 1]
-    kept: dict[tuple[str, float, int], Entry] = {}
+    # It goes with the rate in sweeps; where runs at one rate differ in it, it is an arm as any other.
+    biases = {(entry.row.lr0, str(entry.run.args.get("warmup_bias_lr"))) for entry in entries}
+    if len(biases) > len({rate for rate, _ in biases}):
+        differing.append("warmup_bias_lr")
     for entry, one in zip(entries, known, strict=True):
-        entry.arm |= {key: one.get(key) for key in differing}
+        entry.arm |= {key: one.get(key, entry.run.args.get(key)) for key in differing}
         entry.row.arm = arm_label(entry.config, entry.arm)
+    return _once(entries, not_shown)
+
+
+def _once(entries: list[Entry], not_shown: list[NotShown]) -> list[Entry]:
+    """Of runs of the same arm, learning rate and seed the first that counts, or else the first."""
+    kept: dict[tuple[str, float, int], Entry] = {}
+    for entry in sorted(entries, key=lambda entry: not entry.counts):
         first = kept.setdefault((entry.row.arm, entry.row.lr0, entry.row.seed), entry)
         if first is not entry:
             reason = f"the same configuration, learning rate and seed as {first.row.path}"
             not_shown.append(NotShown(entry.row.path, reason))
-    return list(kept.values())
+    return [entry for entry in entries if entry in kept.values()]
 
 
-def _read_sweep(path: Path, not_shown: list[NotShown]) -> list[Entry]:
-    """A sweep's trials in the order of its plan, then those of other grids and seeds with the same training."""
+def _read_sweep(path: Path, not_shown: list[NotShown]) -> tuple[list[Entry], set[tuple[str, float]]]:
+    """A sweep's trials in the order of its plan, then those of other grids and seeds with the same training.
+
+    Returns:
+        The trials; and the arms and learning rates of the plan.
+    """
     folders = sorted(folder for folder in (path / "trials").iterdir() if folder.is_dir())
-    planned: list[str] = []
+    planned: dict[str, Trial] = {}
     try:
         spec = msgspec.yaml.decode((path / "sweep.yaml").read_bytes(), type=Spec)
-        planned = [trial.id for trial in plan(spec, path)]
+        planned = {trial.id: trial for trial in plan(spec, path)}
     except (OSError, msgspec.MsgspecError, ConfigError, ValueError, TypeError) as error:
         reason = "missing" if isinstance(error, OSError) else one_line(error)
         not_shown.append(NotShown(str(path / "sweep.yaml"), f"{reason}, so trials not started are not known"))
@@ -970,7 +1084,9 @@ def _read_sweep(path: Path, not_shown: list[NotShown]) -> list[Entry]:
     if waiting := [trial for trial in planned if trial not in names]:
         not_shown.append(NotShown(str(path), f"{len(waiting)} of {len(planned)} trials have not been started"))
     place = {name: i for i, name in enumerate(planned)}
-    return _read_all(sorted(folders, key=lambda folder: place.get(folder.name, len(place))), not_shown)
+    folders.sort(key=lambda folder: place.get(folder.name, len(place)))
+    cells = {(arm_label(planned_config(trial), trial.arm), trial.lr0) for trial in planned.values()}
+    return _once(_read_all(folders, not_shown, planned), not_shown), cells
 
 
 def _difference(folder: Path, spec: Spec) -> str:
@@ -978,9 +1094,9 @@ def _difference(folder: Path, spec: Spec) -> str:
     try:
         trial = read_trial(folder)
         now = trial and trial_at(trial.point, trial.seed, spec, folder.parents[1])
+        if not trial or not now or now.id in {trial.id, identity_of(trial, folder)}:
+            return ""
     except (RunError, ValueError, TypeError):  # a damaged one is named when it is read
-        return ""
-    if not trial or not now or trial.id == now.id:
         return ""
 
     def only(one: Trial, other: Trial) -> str:
@@ -993,7 +1109,10 @@ def _difference(folder: Path, spec: Spec) -> str:
     return f"{was or 'fewer arguments'}, now {has or 'fewer'}" if was or has else "the file of gradstab= was another"
 
 
-def _read_all(folders: Iterable[Path], not_shown: list[NotShown]) -> list[Entry]:
+def _read_all(
+    folders: Iterable[Path], not_shown: list[NotShown], planned: Mapping[str, Trial] | None = None
+) -> list[Entry]:
+    """Runs that can be read, at their place in the grid as it is now, or as they were recorded."""
     # Any byte of a file may be damaged, and each reader has its own errors; the folder is named in the report.
     damaged = (RunError, pl.exceptions.PolarsError, OSError, ValueError, TypeError, LookupError, AttributeError)
 
@@ -1004,7 +1123,8 @@ def _read_all(folders: Iterable[Path], not_shown: list[NotShown]) -> list[Entry]
     entries = []
     for folder in folders:
         try:
-            entry = Entry(read_run(folder), read_trial(folder))
+            recorded = read_trial(folder)
+            entry = Entry(read_run(folder), (planned or {}).get(folder.name, recorded))
             _ = entry.depth_profile  # which reads records too
         except damaged as error:
             name(folder, "cannot be read", error)

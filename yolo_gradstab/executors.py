@@ -128,7 +128,7 @@ def _run_locked(
     done = len(trials) - len(pending)
     say(f"{len(trials)} trials in {folder}, {done} of them already done; {min(jobs, len(trials))} at a time")
     execute = _run_by_ray if executor == "ray" else _run_here
-    looks = _Looks(trials, folder)
+    looks = _Looks(trials, folder, options["again"])
     number, looked_s = done, 0.0
     # Closed by name: on Ctrl-C the traceback would keep the generator alive, and the trials with it.
     with closing(execute(pending, folder, jobs, options, own_device, say)) as ends:
@@ -347,8 +347,9 @@ def _result(ray: Any, reference: Any, trial: Trial, folder: Path) -> float:
 class _Looks:
     """States of trials, read from their folders; of running ones only the newest part of the records."""
 
-    def __init__(self, trials: list[Trial], folder: Path) -> None:
+    def __init__(self, trials: list[Trial], folder: Path, again: tuple[Outcome, ...]) -> None:
         self._trials = trials
+        self._waiting: tuple[Outcome, ...] = ("interrupted", *again)  # how one stands that is run again
         self._folder = folder
         self._ended: dict[str, TrialState] = {}
         self._since_s = time.time()
@@ -365,7 +366,7 @@ class _Looks:
                 state.outcome, state.seconds = "running", time.time() - started_s
             run = read_run(path)
             status = run.status
-            if status.outcome == "interrupted" and state.outcome is None:
+            if status.outcome in self._waiting and state.outcome is None:
                 return state  # of an earlier sweep: it waits for its turn
             state.outcome, state.divergence, state.step = status.outcome, status.divergence, status.step
             state.seconds = status.seconds
@@ -378,6 +379,7 @@ class _Looks:
                 if newest is not None:
                     columns = pl.read_parquet(newest, columns=["step", "loss", "total_norm"], glob=False)
                     state.step, state.loss, state.total_norm = columns.row(-1)
-        except (RunError, OSError, pl.exceptions.PolarsError):  # read while it is being written
+        # Read while it is being written, or damaged.
+        except (RunError, OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException):
             pass
         return state

@@ -131,8 +131,14 @@ class RangeTest:
         self.lr_div, self.how = self.rates[self._places[step]], how
 
     def result(self) -> Result:
-        """What was found so far."""
+        """What was found so far.
+
+        Raises:
+            ValueError: No step has been made.
+        """
         count = len(self.losses)
+        if not count:
+            raise ValueError("no optimizer step was made, so there is nothing to suggest rates by")
         how = self.how or f"training did not break up to lr {self.rates[count - 1]:.3g}"
         return Result(
             lr_div=self.lr_div,

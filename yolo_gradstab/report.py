@@ -79,7 +79,7 @@ def _write_summary(folder: Path, comparisons: list[Comparison], not_shown: list[
     summary = {
         "arms": [arm for comparison in comparisons for arm in comparison.arms],
         "comparisons": [
-            {"sweep": str(comparison.sweep) if comparison.sweep else None, **pair}
+            {"comparison": comparison.name, "sweep": str(comparison.sweep) if comparison.sweep else None, **pair}
             for comparison in comparisons
             for pair in comparison.pairs
         ],
@@ -244,10 +244,22 @@ def _percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0%}"
 
 
+def _share(value: float | None) -> str:
+    """In percent with two significant digits, for what is rare."""
+    return "–" if value is None else f"{_number(100 * value, 2)}%"
+
+
 def _time(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-_FILTERS: dict[str, Any] = {"number": _number, "fixed": _fixed, "percent": _percent, "signed": _signed, "time": _time}
+_FILTERS: dict[str, Any] = {
+    "number": _number,
+    "fixed": _fixed,
+    "percent": _percent,
+    "share": _share,
+    "signed": _signed,
+    "time": _time,
+}

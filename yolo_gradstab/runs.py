@@ -27,8 +27,8 @@ except ImportError:  # Windows
     fcntl = None
 
 __all__ = [
-    "DivergenceKind", "Outcome", "RunError", "RunFolder", "Status", "locked", "make_out", "one_line", "replacing",
-    "terminable", "uninterrupted", "versions",
+    "DivergenceKind", "Outcome", "RunError", "RunFolder", "Status", "gave_up_on_nan", "locked", "make_out", "one_line",
+    "replacing", "terminable", "uninterrupted", "versions",
 ]  # fmt: skip
 
 Outcome = Literal["running", "completed", "diverged", "stopped", "failed", "interrupted"]
@@ -81,6 +81,12 @@ class Status(msgspec.Struct, kw_only=True):
     metrics: dict[str, float | None] = msgspec.field(default_factory=dict)
     versions: dict[str, str] = msgspec.field(default_factory=dict)
     seconds: float = 0.0
+
+
+def gave_up_on_nan(status: Status) -> bool:
+    """Whether the host ended the run since its loss, fitness or checkpoint was not finite, by its own words."""
+    # Those of its `BaseTrainer._handle_nan_recovery`; a NaN in the text of any other error says nothing of the run.
+    return status.outcome == "failed" and any(words in (status.reason or "") for words in ("NaN persisted", "NaN/Inf"))
 
 
 POLL_S = 0.2  # between tries to take a lock

@@ -531,20 +531,26 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     return adjusted
 
 
-def seeds_note(num_seeds: int) -> str:
-    """What so many seeds per setting can support, in words."""
+def seeds_note(num_seeds: int, *, smallest_p: float | None = None) -> str:
+    """What so many seeds per setting can support, in words.
+
+    Args:
+        num_seeds: Of the setting that has the fewest.
+        smallest_p: That a paired comparison can give, where seeds of pairs are others: that of `num_seeds` by default.
+    """
     if num_seeds < 1:
         return "There is no run to judge by."
     high = jeffreys(0, num_seeds).high
-    smallest = min(1.0, 2.0 ** (1 - num_seeds))
-    if num_seeds == 1:
+    smallest = min(1.0, 2.0 ** (1 - num_seeds)) if smallest_p is None else smallest_p
+    if num_seeds == 1 and smallest == 1:
         return (
             "With one run per setting nothing can be said about chance: another seed could change any of these "
             "numbers, and which arm is ahead."
         )
     return (
-        f"With {num_seeds} runs per setting, 0 of {num_seeds} diverged is still compatible with a true rate of up to "
-        f"{high:.0%}, and no paired comparison by seed can give a p below {smallest:.3g}"
+        f"With {num_seeds} run{'' if num_seeds == 1 else 's'} per setting, 0 of {num_seeds} diverged is still "
+        f"compatible with a true rate of up to {high:.0%}, and no paired comparison by seed can give a p below "
+        f"{smallest:.3g}"
         + (", so none can reach .05: look at the effect and its interval." if smallest > 0.05 else ".")
     )
 

@@ -1,9 +1,9 @@
 """A grid of training runs: learning rate x policy x seed, planned as trials and run by an executor.
 
 A sweep's folder holds `sweep.yaml` (the specification as run) and, per trial, `trials/<id>/` (the host's run folder,
-with `trial.json` beside its files) and `trials/<id>.log`. The id is a hash of the trial's canonical configuration, so
-the same sweep started again, or with a longer grid, continues. The same seed means the same initial weights and the
-same order of data in every arm, so that arms can be compared in pairs.
+with `trial.json` beside its files) and `trials/<id>.log`. The id is a hash of the trial's canonical configuration,
+however it is written, so the same sweep started again, or with a longer grid, continues. The same seed means the same
+initial weights and the same order of data in every arm, so that arms can be compared in pairs.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from yolo_gradstab.config import (
 )
 from yolo_gradstab.executors import TrialState, run_trials
 from yolo_gradstab.host import check_arguments
-from yolo_gradstab.runs import make_out, one_line, replacing
-from yolo_gradstab.trial import SweepError, Trial, flow, read_trial
+from yolo_gradstab.runs import RunError, RunFolder, make_out, one_line, replacing
+from yolo_gradstab.trial import ENDED, SweepError, Trial, flow, outcome_of, read_trial
 
 __all__ = [
     "Spec",
@@ -46,7 +46,9 @@ __all__ = [
     "Trial",
     "TrialState",
     "check_files",
+    "identity_of",
     "plan",
+    "planned_config",
     "read_spec",
     "read_trial",
     "run_sweep",
@@ -307,16 +309,22 @@ def _host_folder() -> Path:
     return Path(package.origin).parent
 
 
+_PLACE = ("project", "name", "exist_ok")  # where a trial's folder is; no part of what it trains
+
 # Trials --------------------------------------------------------------------------------------------------------------
 
 
 def plan(spec: Spec, out: str | Path) -> list[Trial]:
     """Every trial of a sweep, in the order they are started: all seeds of a combination together.
 
+    A trial that is there already under the id that an earlier release gave it keeps that one, and its folder.
+
     Raises:
         ConfigError: A file that `gradstab` names cannot be read.
     """
-    return [trial_at(point, seed, spec, out) for point, seed in itertools.product(_points(spec), spec.seeds)]
+    trials = [trial_at(point, seed, spec, out) for point, seed in itertools.product(_points(spec), spec.seeds)]
+    there = _elsewhere(Path(out) / "trials", {trial.id for trial in trials})
+    return [_placed(trial, Path(out), there[trial.id]) if trial.id in there else trial for trial in trials]
 
 
 def trial_at(point: dict[str, Any], seed: int, spec: Spec, out: str | Path) -> Trial:
@@ -335,24 +343,85 @@ def trial_at(point: dict[str, Any], seed: int, spec: Spec, out: str | Path) -> T
     content = read_config_file(arguments["gradstab"]) if arguments.get("gradstab") else {}
     if "guard.divergence" not in content and "divergence" not in (content.get("guard") or {}):
         arguments.setdefault("guard.divergence", "stop")
-    identity = {"task": spec.task, "arguments": arguments, "seed": seed}
-    if arguments.get("gradstab"):  # what the file says, which may be changed under the same name
-        identity["configuration"] = _configuration(arguments)
-    # A letter first: on a command line `name=312977198333`, or `1e5...`, would be read as a number.
-    trial_id = "t" + hashlib.sha256(_canonical(identity).encode()).hexdigest()[:11]
+    arguments["seed"] = seed
+    words = {key: _word(key, value) for key, value in arguments.items()}
+    trial_id = _identity(spec.task, words, _configuration(arguments))
     return Trial(
         id=trial_id,
         arm={key: value for key, value in point.items() if key != "lr0"},
         lr0=lr0,
         seed=seed,
         point=point,
-        command=trial_command(spec.task, arguments | {"seed": seed}, Path(out) / "trials" / trial_id),
+        command=trial_command(spec.task, arguments, Path(out) / "trials" / trial_id),
     )
+
+
+def identity_of(trial: Trial, folder: Path) -> str:
+    """The id of what a recorded trial trained, however that was written, and whatever it is called.
+
+    Args:
+        trial: As recorded.
+        folder: Its own.
+
+    Raises:
+        RunError: Its configuration is damaged.
+        ConfigError: Its configuration is none of this release.
+    """
+    words = dict(word.partition("=")[::2] for word in trial.command[5:])
+    if words.get("gradstab"):  # whose content may have changed since: as it was used
+        return _identity(trial.command[3], words, load_config(RunFolder(folder).read_config()).to_dict())
+    return _identity(trial.command[3], words, planned_config(trial))
+
+
+def planned_config(trial: Trial) -> dict[str, Any]:
+    """All of our keys, as a trial's command gives them; the file of `gradstab` as it is now.
+
+    Raises:
+        ConfigError: One of them is wrong.
+    """
+    words = {key: text for key, equals, text in (word.partition("=") for word in trial.command) if equals}
+    return _configuration(
+        {key: text if key == "gradstab" else yaml.safe_load(text) for key, text in words.items() if _is_ours(key)}
+    )
+
+
+def _identity(task: str, words: Mapping[str, str], ours: dict[str, Any]) -> str:
+    """Hash of a canonical configuration: the host's arguments as given, and ours with their defaults."""
+    host = {key: _number(text) for key, text in words.items() if key not in _PLACE and not _is_ours(key)}
+    identity = {"task": task, "host": host, "ours": ours}
+    # A letter first: on a command line `name=312977198333`, or `1e5...`, would be read as a number.
+    return "t" + hashlib.sha256(_canonical(identity).encode()).hexdigest()[:11]
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _elsewhere(trials: Path, ids: set[str]) -> dict[str, str]:
+    """Of the trials with these ids, those that have no folder of that name: the name of the one they are in."""
+    found: dict[str, str] = {}
+    folders = sorted(folder for folder in trials.glob("*/") if folder.name not in ids)
+    for folder in sorted(folders, key=lambda folder: outcome_of(folder) not in ENDED):  # a whole one first
+        # One that is damaged, or of another release, is none of these; a report names it.
+        with suppress(RunError, ValueError, TypeError, yaml.YAMLError):
+            trial = read_trial(folder)
+            identity = identity_of(trial, folder) if trial and len(trial.command) > 5 else ""
+            if identity in ids and not (trials / identity).exists():
+                found.setdefault(identity, folder.name)
+    return found
+
+
+def _placed(trial: Trial, out: Path, name: str) -> Trial:
+    command = [f"name={name}" if word == f"name={trial.id}" else word for word in trial.command]
+    return msgspec.structs.replace(trial, id=name, command=command)
 
 
 def trial_command(task: str, arguments: Mapping[str, Any], folder: Path) -> list[str]:
     """What trains one trial into this folder."""
-    place = {"project": str(folder.parent.absolute()), "name": folder.name, "exist_ok": True}
+    place = dict(zip(_PLACE, (str(folder.parent.absolute()), folder.name, True), strict=True))
     given = {key: value for key, value in {**arguments, **place}.items() if (key, value) != ("gradstab", None)}
     words = [f"{key}={_word(key, value)}" for key, value in given.items()]
     return [sys.executable, "-m", "yolo_gradstab", task, "train", *words]

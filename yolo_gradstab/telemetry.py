@@ -224,7 +224,7 @@ def read_parts(folder: Path, schema: dict[str, type[pl.DataType]]) -> pl.DataFra
 def _read_part(path: Path) -> pl.DataFrame:
     try:
         return pl.read_parquet(path, glob=False)  # its name may hold [ or *
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:  # a panic is no `Exception`
         raise RunError(f"{path}: {one_line(error)}") from None
 
 

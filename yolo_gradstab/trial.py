@@ -176,7 +176,7 @@ def run_trial(
         again: Outcomes of an earlier attempt after which it is run again.
         process: Handle by which another thread may end it.
         cwd: Its working directory; ours by default.
-        say: Takes a line where a process left by a killed sweep is waited for.
+        say: Takes a line where a process left by a killed sweep, or a resume by hand, is waited for.
     """
     process = process or TrialProcess()
     started_s = time.monotonic()
@@ -193,12 +193,17 @@ def run_trial(
         return not process.stopping
 
     with locked(folder / "trials" / f"{trial.id}.lock", waiting) as held:
-        outcome = outcome_of(path)
-        if process.stopping or (outcome in ENDED and outcome not in again):
-            return time.monotonic() - started_s
-        if (path / "gradstab").exists():  # of an attempt that did not end: its records would be mixed with new ones
-            shutil.rmtree(path / "gradstab")
-        (path / "results.csv").unlink(missing_ok=True)  # to which the host would append
+        run = RunFolder(path)
+        _wait_for_folder(run, process, lambda: say(f"{trial.label}: another process trains into it; waiting for it"))
+        try:
+            outcome = outcome_of(path)
+            if process.stopping or (outcome in ENDED and outcome not in again):
+                return time.monotonic() - started_s
+            if run.gradstab.exists():  # of an attempt that did not end: its records would be mixed with new ones
+                shutil.rmtree(run.gradstab)
+            (path / "results.csv").unlink(missing_ok=True)  # to which the host would append
+        finally:
+            run.release()
         with replacing(path / "trial.json") as temporary:
             temporary.write_bytes(msgspec.json.format(msgspec.json.encode(trial), indent=2))
         log = folder / "trials" / f"{trial.id}.log"
@@ -206,6 +211,19 @@ def run_trial(
             status = process.run(trial.command, output, environment, time_limit_s=time_limit_s, held=held, cwd=cwd)
         _settle(path, status, time_limit_s if process.timed_out else None, log)
     return time.monotonic() - started_s
+
+
+def _wait_for_folder(run: RunFolder, process: TrialProcess, say: Callable[[], None]) -> None:
+    """Hold the run's own folder, which a resume by hand may hold; not if the trial is ended meanwhile."""
+    said = False
+    while run.lock.is_file() and not process.stopping:  # one that was never held has no lock
+        try:
+            run.hold()
+            return
+        except RunError:
+            if not said:
+                say()
+            said = True
 
 
 def _settle(path: Path, status: int | None, limit_s: float | None, log: Path) -> None:
