@@ -637,6 +637,7 @@ def test_expected_dead_tensors_are_told_apart() -> None:
     assert kinds(run(events=[event("model.23.dfl.conv.weight")])) == []
     boxes = the("dead_layer", run(events=[event("model.23.cv2.0.0.conv.weight")]))
     assert (boxes.severity, boxes.where) == ("info", "model.23.cv2.0.0.conv.weight")
+    assert boxes.advice.startswith("There is nothing to do; ") and "freeze" not in boxes.advice
     assert the("dead_layer", run(events=[event("model.23.cv3.0.0.conv.weight")])).severity == "warning"
     after = lost(events=[event("model.5.conv.weight", step=150, steps=60)])
     assert the("dead_layer", after).severity == "info"

@@ -1264,6 +1264,15 @@ def test_trainer_for_takes_files_and_overrides(tmp_path: Path) -> None:
         trainer_for("detect", clipp="agc")
 
 
+def test_a_trainer_whose_own_step_would_never_run_is_refused() -> None:
+    class Own(DetectionTrainer):
+        def optimizer_step(self) -> None:
+            super().optimizer_step()
+
+    with pytest.raises(ConfigError, match="Own has an optimizer_step of its own, which would never run; put it into a"):
+        trainer_for(Own)
+
+
 def test_the_host_is_the_one_we_were_written_against() -> None:
     """What `optimizer_step` replaces. If this fails on a new Ultralytics, read its version before changing the text."""
     import inspect

@@ -308,7 +308,8 @@ def _load_captured(model: Any, path: Path) -> None:
     if not file.is_file():
         left_out = read_incident(path).note or "none"
         raise IncidentError(
-            f"{path}: holds no weights (note: {left_out}); give weights=last.pt, or weights=scratch for fresh ones"
+            f"{path}: holds no weights (note: {left_out}); give weights=last.pt with the path of its folder, or "
+            "weights=scratch for fresh ones"
         )
     wanted = {name: (tuple(t.shape), to_array(t).dtype) for name, t in model.state_dict().items()}
 

@@ -86,7 +86,16 @@ from yolo_gradstab.norms import (
     gradient_norms,
     tensor_norms,
 )
-from yolo_gradstab.runs import RunFolder, Status, one_line, replacing, terminable, uninterrupted, versions
+from yolo_gradstab.runs import (
+    RunFolder,
+    Status,
+    gave_up_on_nan,
+    one_line,
+    replacing,
+    terminable,
+    uninterrupted,
+    versions,
+)
 from yolo_gradstab.snapshot import Snapshot, Snapshots
 from yolo_gradstab.telemetry import LAYER_SCHEMA, MAP50, STEP_SCHEMA, LayerRecord, PartWriter, StepRecord, read_run
 from yolo_gradstab.trackers import Trackers
@@ -141,6 +150,11 @@ def _host_trainer(task: str | type[BaseTrainer]) -> type[BaseTrainer]:
         host: type[BaseTrainer] = YOLO.task_map.fget(None)[task]["trainer"]  # a property that reads nothing of a model
         return host
     if isinstance(task, type) and issubclass(task, BaseTrainer) and not issubclass(task, GradstabMixin):
+        if task.optimizer_step is not BaseTrainer.optimizer_step:  # ours stands in its place, and never calls it
+            raise ConfigError(
+                f"{task.__name__} has an optimizer_step of its own, which would never run; "
+                "put it into a subclass of what trainer_for returns, around super().optimizer_step()"
+            )
         return task
     raise ConfigError(f"task must be one of {', '.join(TASKS)}, or a trainer class of Ultralytics, got {task!r}")
 
@@ -1186,6 +1200,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             name = "SIGINT" if isinstance(error, KeyboardInterrupt) else "SIGTERM" if terminated else repr(error)
             advice = f"; continue with resume={self.last}" if self._can_resume and self.last.exists() else ""
             status = Status(outcome="interrupted", reason=name + advice)
+            if advice and RANK in {-1, 0}:
+                LOGGER.info(f"{self.save_dir}: {status.reason}")
             raise
         except Exception as error:
             status = Status(outcome="failed", reason=f"{type(error).__name__}: {error}")
@@ -1236,13 +1252,13 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             found = None  # it was let go on, and has healed; the event stays
         if found is None:
             # The host's own words when it gives up, and ours when `guard.nonfinite` stopped it.
-            lost = status.outcome == "failed" and "NaN" in (status.reason or "")
+            lost = gave_up_on_nan(status)
             if lost or (status.outcome == "stopped" and self._stop_reason):
                 status.divergence = "nonfinite"
             status.outcome = "diverged" if lost else status.outcome
             return
         status.divergence = found.kind
-        if status.outcome in {"completed", "stopped"} or "NaN" in (status.reason or ""):
+        if status.outcome in {"completed", "stopped"} or gave_up_on_nan(status):
             words = f"{found.kind} at step {found.step}: {found.reason}"
             then = f"; then {status.reason}" if status.outcome == "failed" else ""
             status.outcome, status.reason = "diverged", words + then

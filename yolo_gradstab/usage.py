@@ -20,7 +20,7 @@ yolo-gradstab: Ultralytics YOLO training with gradients measured, clipped and re
                          [lr_min=1e-5] [lr_max=1] [steps=150] [out=runs/lr_range]
   yolo-gradstab report DIR [DIR ...] [out=DIR]   report.html, report.md, summary.json, trials.csv
   yolo-gradstab diagnose RUN [format=json]       what went wrong in a run, or in a checkpoint (.pt), in words
-  yolo-gradstab replay INCIDENT [weights=last.pt|scratch]    rerun a captured batch and say where it first goes bad
+  yolo-gradstab replay INCIDENT [weights=FILE.pt|scratch]    rerun a captured batch and say where it first goes bad
   yolo-gradstab bench [format=json]              what a step costs, against stock and against how others log
   yolo-gradstab checks [format=json]             versions, devices, what works here
   yolo-gradstab data check   coco=FILE.json images=DIR [task=detect|pose|segment] [format=json]
@@ -110,7 +110,7 @@ evidence and an advice; or which weights of a checkpoint were not finite when it
   format=text                or json
 """,
     "replay": """\
-yolo-gradstab replay RUN/gradstab/incidents/STEP [weights=last.pt|scratch]
+yolo-gradstab replay RUN/gradstab/incidents/STEP [weights=FILE.pt|scratch]
 
 Runs a captured batch again and says where it first goes bad. Nothing in the folder can execute code.
 

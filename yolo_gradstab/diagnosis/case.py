@@ -17,7 +17,7 @@ from yolo_gradstab import stats
 from yolo_gradstab.diagnosis.finding import Severity
 from yolo_gradstab.guard import FIRST_STEPS, NO_QUALITY, Divergence, UnrestKind, find_divergences
 from yolo_gradstab.incident import Incident, IncidentError, read_incident
-from yolo_gradstab.runs import RunError, Status
+from yolo_gradstab.runs import RunError, Status, gave_up_on_nan
 from yolo_gradstab.telemetry import Run, lasting
 
 __all__ = ["Array", "Case", "Records", "effective_lr", "finite", "records_of", "stage_of", "step_of"]
@@ -183,7 +183,7 @@ class Case:
         found = [_divergence(event) for event in self.events("divergence", "rollback") if event not in self.calmings]
         found += self._lasting_divergences
         reason = self.status.reason or ""
-        if self.status.divergence or (self.status.outcome == "failed" and "NaN" in reason):  # the host's own words
+        if self.status.divergence or gave_up_on_nan(self.status):
             kind = self.status.divergence or "nonfinite"
             if kind not in {divergence.kind for divergence in found}:
                 found.append(Divergence(kind, max(0, self.status.step - 1), reason))

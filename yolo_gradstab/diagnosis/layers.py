@@ -154,7 +154,9 @@ def dead_layer(case: Case) -> Iterator[Finding]:
         where=listed(names, most=MOST_NAMED),
         evidence={"steps without any gradient": Measured(max(spans.values(), default=DEAD_STEPS), DEAD_STEPS)},
         advice=f"Connect them to the loss in the model {case.model}"
-        + (f", or do not train them, with freeze={stages}." if stages else "."),
+        + (f", or do not train them, with freeze={stages}." if stages else ".")
+        if unexpected
+        else f"There is nothing to do; no object of {case.data} is matched there.",
     )
 
 
