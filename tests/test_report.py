@@ -248,6 +248,17 @@ def test_steps_that_were_not_made_or_taken_back_have_no_part_in_the_rate(tmp_pat
     assert_frame_equal(pl.read_csv(run / "trials.csv").select("lr_eff", "clipped_share"), expected)
 
 
+@pytest.mark.parametrize(("map50", "verdict"), [(0.5, "kept"), (0.0, "stalled")])
+def test_where_the_guard_went_back_on_an_early_warning_is_noted(tmp_path: Path, map50: float, verdict: str) -> None:
+    run = write_run(tmp_path / "run", metrics=[map50])
+    back = {"event": "rollback", "kind": "running_var", "step": 4, "to_step": 0, "lr_factor": 0.03125}
+    RunFolder(run).append_event(back)
+    build_report(run)
+    row = pl.read_csv(run / "trials.csv").row(0, named=True)
+    assert (row["verdict"], row["note"]) == (verdict, "running_var at step 4, back to step 0, rate times 0.031")
+    assert "running_var at step 4, back to step 0" in (run / "report.md").read_text()
+
+
 def test_a_spike_that_healed_is_noted(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     RunFolder(run).append_event({"event": "divergence", "kind": "blowup", "step": 12, "reason": "..."})

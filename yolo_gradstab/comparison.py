@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 import polars as pl
@@ -22,7 +22,7 @@ from yolo_gradstab.diagnosis import Finding, failed_words
 from yolo_gradstab.diagnosis.case import HOST_LR0, HOST_WARMUP, effective_lr, stage_of
 from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
 from yolo_gradstab.diagnosis.layers import backbone
-from yolo_gradstab.guard import NO_QUALITY, Divergence, find_divergences
+from yolo_gradstab.guard import NO_QUALITY, Divergence, UnrestKind, find_divergences
 from yolo_gradstab.runs import RunError, RunFolder, gave_up_on_nan, one_line
 from yolo_gradstab.stats import Estimate
 from yolo_gradstab.sweep import Spec, Trial, identity_of, plan, planned_config, read_trial, trial_at
@@ -250,17 +250,22 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
     if gave_up or status.outcome == "diverged":  # a status can say so and not of which kind
         return "nonfinite", Divergence("nonfinite", max(0, status.step - 1, len(run.steps) - 1), reason), reason
     if map50 is not None and map50 < NO_QUALITY:
-        return "stalled", None, reason
+        return "stalled", None, "; ".join(text for text in (reason, _survived(run)) if text)
     return "kept", None, _survived(run)
 
 
 def _survived(run: Run) -> str:
-    """Divergences that were undone, or healed, in words."""
-    return "; ".join(
-        f"{e.get('kind')} at step {e.get('step')}, {'undone' if e.get('action') == 'rollback' else 'and healed'}"
-        for e in run.events
-        if e.get("event") == "divergence"
-    )
+    """Divergences that were undone, or healed, and where the guard went back before there was one, in words."""
+    words = []
+    for event in run.events:
+        if event.get("event") == "divergence":
+            undone = "undone" if event.get("action") == "rollback" else "and healed"
+            words.append(f"{event.get('kind')} at step {event.get('step')}, {undone}")
+        elif event.get("event") == "rollback" and event.get("kind") in get_args(UnrestKind):
+            factor = event.get("lr_factor")
+            rate = f", rate times {factor:.2g}" if isinstance(factor, float) else ""
+            words.append(f"{event['kind']} at step {event.get('step')}, back to step {event.get('to_step')}{rate}")
+    return "; ".join(words)
 
 
 def _val_loss(run: Run) -> float | None:
