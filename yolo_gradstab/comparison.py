@@ -492,7 +492,6 @@ class Comparison:
         return {
             "arm": entries[0].arm,
             "label": label,
-            "comparison": self.name,
             "sweep": str(self.sweep) if self.sweep else None,
             "trials": len(runs),
             "num_seeds": _fewest_seeds(runs),

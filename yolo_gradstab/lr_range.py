@@ -134,10 +134,10 @@ class RangeTest:
         """What was found so far.
 
         Raises:
-            ValueError: No step has been made.
+            ValueError: No step has been made, and nothing said why.
         """
         count = len(self.losses)
-        if not count:
+        if not count and not self.how:
             raise ValueError("no optimizer step was made, so there is nothing to suggest rates by")
         how = self.how or f"training did not break up to lr {self.rates[count - 1]:.3g}"
         return Result(

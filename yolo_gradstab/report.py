@@ -77,7 +77,12 @@ def _write_summary(folder: Path, comparisons: list[Comparison], not_shown: list[
     known = [estimate.value for estimate in saved if estimate.value is not None]
     reasons = "; ".join(dict.fromkeys(estimate.reason for estimate in saved if estimate.reason))
     summary = {
-        "arms": [arm for comparison in comparisons for arm in comparison.arms],
+        # Named where there are several; of one, it is that of its folder, whatever that is called.
+        "arms": [
+            arm | {"comparison": comparison.name if len(comparisons) > 1 else None}
+            for comparison in comparisons
+            for arm in comparison.arms
+        ],
         "comparisons": [
             {"comparison": comparison.name, "sweep": str(comparison.sweep) if comparison.sweep else None, **pair}
             for comparison in comparisons
