@@ -329,7 +329,6 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._epoch_columns: dict[str, float] = {}
         self._folder: RunFolder | None = None  # taken by this process
         self._training = False  # and no longer set up
-        self._can_resume = False  # from `last.pt`: a folder that is used again may hold another run's
         try:
             super().__init__(*args, **kwargs)
         except BaseException as error:  # a notebook keeps the traceback, and with it the trainer
@@ -380,7 +379,6 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         folder = RunFolder(path)
         folder.hold()
         self._folder = folder
-        self._can_resume = bool(self.resume)
         folder.tidy(new=not self.resume)
         if self.resume:
             folder.keep_args()
@@ -1135,8 +1133,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             self._last_step_batch, self._aligning, self._nominal_accumulate = -1, False, None
         self._epoch_seen, self._batch_in_epoch = self.epoch, 0
         self._epoch_rows = []
-        self._index_parameters()
         if self._resumed is not None:
+            self._index_parameters()
             self._continue(self._resumed)
             self._resumed = None
         self._keep_state()
@@ -1198,7 +1196,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         except (KeyboardInterrupt, SystemExit) as error:
             terminated = isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM
             name = "SIGINT" if isinstance(error, KeyboardInterrupt) else "SIGTERM" if terminated else repr(error)
-            advice = f"; continue with resume={self.last}" if self._can_resume and self.last.exists() else ""
+            last = RunFolder(self.save_dir).checkpoint()
+            advice = f"; continue with resume={last}" if last else ""
             status = Status(outcome="interrupted", reason=name + advice)
             if advice and RANK in {-1, 0}:
                 LOGGER.info(f"{self.save_dir}: {status.reason}")
@@ -1280,7 +1279,6 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         try:
             saved = bool(super().save_model())
             last.write_bytes(self.last.data)
-            self._can_resume = True
             return saved
         finally:
             self.last = last

@@ -14,6 +14,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -183,27 +184,30 @@ def run_trial(
     path = folder / "trials" / trial.id
     path.mkdir(exist_ok=True)
 
-    said = False
+    def waiting(reason: str) -> Callable[[], bool]:
+        said = False
 
-    def waiting() -> bool:
-        nonlocal said
-        if not said:
-            say(f"{trial.label}: still running, left by a sweep that was killed; waiting for it")
-        said = True
-        return not process.stopping
+        def wait() -> bool:
+            nonlocal said
+            if not said:
+                say(f"{trial.label}: {reason}; waiting for it")
+            said = True
+            return not process.stopping
 
-    with locked(folder / "trials" / f"{trial.id}.lock", waiting) as held:
+        return wait
+
+    left = waiting("still running, left by a sweep that was killed")
+    with locked(folder / "trials" / f"{trial.id}.lock", left) as held:
         run = RunFolder(path)
-        _wait_for_folder(run, process, lambda: say(f"{trial.label}: another process trains into it; waiting for it"))
-        try:
+        # The run's own lock, which a resume by hand may hold; one that was never held has none.
+        resumed = waiting("another process trains into it")
+        with locked(run.lock, resumed) if run.lock.is_file() else nullcontext():
             outcome = outcome_of(path)
             if process.stopping or (outcome in ENDED and outcome not in again):
                 return time.monotonic() - started_s
             if run.gradstab.exists():  # of an attempt that did not end: its records would be mixed with new ones
                 shutil.rmtree(run.gradstab)
             (path / "results.csv").unlink(missing_ok=True)  # to which the host would append
-        finally:
-            run.release()
         with replacing(path / "trial.json") as temporary:
             temporary.write_bytes(msgspec.json.format(msgspec.json.encode(trial), indent=2))
         log = folder / "trials" / f"{trial.id}.log"
@@ -211,19 +215,6 @@ def run_trial(
             status = process.run(trial.command, output, environment, time_limit_s=time_limit_s, held=held, cwd=cwd)
         _settle(path, status, time_limit_s if process.timed_out else None, log)
     return time.monotonic() - started_s
-
-
-def _wait_for_folder(run: RunFolder, process: TrialProcess, say: Callable[[], None]) -> None:
-    """Hold the run's own folder, which a resume by hand may hold; not if the trial is ended meanwhile."""
-    said = False
-    while run.lock.is_file() and not process.stopping:  # one that was never held has no lock
-        try:
-            run.hold()
-            return
-        except RunError:
-            if not said:
-                say()
-            said = True
 
 
 def _settle(path: Path, status: int | None, limit_s: float | None, log: Path) -> None:

@@ -318,7 +318,7 @@ def step_of(event: dict[str, Any]) -> int:
 
 def stage_of(name: str) -> int:
     """Of `model.<stage>` and of every tensor in it; -1 for other names."""
-    match = re.match(r"(?:student_model\.)?model\.(\d+)(?:\.|$)", name)  # the first of a model that is distilled
+    match = re.search(r"(?:^|\.)model\.(\d+)(?:\.|$)", name)  # past wrappers, as `norms.Layers.stages` has it
     return int(match[1]) if match else -1
 
 

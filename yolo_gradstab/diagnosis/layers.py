@@ -145,6 +145,10 @@ def dead_layer(case: Case) -> Iterator[Finding]:
     names = list(dict.fromkeys(name for _, name in shown))
     # What the host freezes are whole stages.
     stages = sorted({stage_of(name) for name in names} & {stage_of(stage) for _, stage in silent} - {-1})
+    advice = f"There is nothing to do; no object of {case.data} is matched there."
+    if unexpected:
+        otherwise = f", or do not train them, with freeze={stages}" if stages else ""
+        advice = f"Connect them to the loss in the model {case.model}{otherwise}."
     yield Finding(
         kind="dead_layer",
         severity="warning" if unexpected else "info",
@@ -153,10 +157,7 @@ def dead_layer(case: Case) -> Iterator[Finding]:
         step=min(step for step, _ in shown),
         where=listed(names, most=MOST_NAMED),
         evidence={"steps without any gradient": Measured(max(spans.values(), default=DEAD_STEPS), DEAD_STEPS)},
-        advice=f"Connect them to the loss in the model {case.model}"
-        + (f", or do not train them, with freeze={stages}." if stages else ".")
-        if unexpected
-        else f"There is nothing to do; no object of {case.data} is matched there.",
+        advice=advice,
     )
 
 
