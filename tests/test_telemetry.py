@@ -398,6 +398,17 @@ def test_a_run_begins_without_what_killed_ones_left(tmp_path: Path) -> None:
     assert (elsewhere / "7").is_dir()
 
 
+def test_a_resume_names_a_part_that_is_damaged(tmp_path: Path) -> None:
+    run = folder(tmp_path)
+    writer = PartWriter(run.steps, STEP_SCHEMA)
+    writer.append([record(step).row() for step in range(10)])
+    writer.close()
+    (part,) = run.steps.glob("*.parquet")
+    part.write_bytes(b"PAR1" + bytes(100) + b"PAR1")
+    with pytest.raises(RunError, match=f"^{part}: "):
+        PartWriter(run.steps, STEP_SCHEMA).drop_from(5)
+
+
 def test_rows_that_are_kept_are_never_on_the_disk_less_than_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

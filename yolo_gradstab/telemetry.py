@@ -170,14 +170,18 @@ class PartWriter:
             self._merge(list(self._small.values()))
 
     def drop_from(self, step: int) -> int:
-        """Remove the rows of this step and later ones (a resumed run repeats them); returns how many there were."""
+        """Remove the rows of this step and later ones (a resumed run repeats them); returns how many there were.
+
+        Raises:
+            RunError: A part is damaged.
+        """
         self._small = {}  # which are others now
         paths = _part_paths(self._folder)
         for path in set(self._folder.glob("*.parquet")) - set(paths):
             path.unlink()
         dropped = 0
         for path in reversed(paths):
-            part = pl.read_parquet(path, glob=False)
+            part = _read_part(path)
             keep = part.filter(pl.col("step") < step)
             dropped += len(part) - len(keep)
             if len(keep) < len(part):
