@@ -93,6 +93,31 @@ def test_a_folder_may_be_called_as_a_sweep_calls_it(tmp_path: Path, capsys: pyte
         assert "unknown key" not in (said := capsys.readouterr().err) and "first, e.g." not in said
 
 
+@pytest.mark.parametrize(
+    "count, lines, last, said",
+    [
+        (1, 1, "problem: ", "1 problem\n"),
+        (20, 20, "problem: ", "20 problems\n"),
+        (21, 21, "... and 1 more problem; format=json names them all", "21 problems\n"),
+    ],
+)
+def test_a_wrong_folder_of_images_is_no_wall_of_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], count: int, lines: int, last: str, said: str
+) -> None:
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 8, "height": 8} for i in range(count)]
+    file = tmp_path / "x.json"
+    file.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "a"}]}))
+    arguments = [f"coco={file}", f"images={tmp_path}"]
+    assert main(["data", "check", *arguments]) == 1
+    out, err = capsys.readouterr()
+    shown = [line for line in out.splitlines() if line.startswith(("problem: ", "... and"))]
+    assert len(shown) == lines
+    assert shown[-1].startswith(last)
+    assert err.endswith(said)
+    assert main(["data", "check", *arguments, "format=json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["problems"]) == count
+
+
 def test_errors_do_not_reach_the_terminal_as_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", str(tmp_path / "\x1b]0;title\x07")]) == 1
     assert not {"\x1b", "\x07"} & set(said := capsys.readouterr().err) and "?]0;title?" in said
@@ -299,7 +324,10 @@ def test_a_reader_that_has_read_enough_is_no_error() -> None:
         ("detect val", 2, "the mode must be train, got 'val'"),
         ("detect train clipp=agc", 2, "unknown key clipp='agc'; the nearest valid key is clip"),
         ("detect train epoch=3", 2, "unknown key epoch=3; the nearest valid key is epochs"),
-        ("detect train epochs", 2, "'epochs' is not key=value"),
+        ("detect train epochs", 2, "'epochs' is not key=value; give it a value, epochs=..."),
+        ("detect train clip", 2, "'clip' is not key=value; give it a value, clip=..."),
+        ("detect train clipp", 2, "'clipp' is not key=value; the nearest valid key is clip"),
+        ("detect train resume", 2, "resume=True: of which run? give its checkpoint, e.g. resume=RUN/weights/last.pt"),
         ("detect train epochs=few", 2, "'epochs' must be an int"),
         ("detect train lr0=3", 2, "Valid 'lr0' values are between 0.0 and 1.0"),
         ("detect train clip.max_norm=ten", 2, "clip.max_norm must be a number, got 'ten'"),

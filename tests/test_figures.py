@@ -197,6 +197,20 @@ def test_a_run_that_diverged_has_a_mark_where_it_did() -> None:
     assert [(row["trial"], row["step"]) for row in marked] == [("2", "20"), ("3", "20")]
 
 
+def test_a_rollback_has_a_mark_of_its_own_at_the_last_point_before_it() -> None:
+    shown = steps(lost=0.1).with_columns(loss=pl.when(pl.col("step") == 12).then(math.nan).otherwise(pl.col("loss")))
+    rollbacks = pl.DataFrame({"trial": [0, 0, 2], "step": [5, 12, 20]})
+    chart = figures.trajectories(shown, rollbacks)
+    loss, norm = (
+        [(row["trial"], row["step"], row["mark"]) for row in table if row["mark"] != "0"] for table in tables(chart)[:2]
+    )
+    lost = [("2", "20", "1"), ("3", "20", "1")]  # a run that is lost where it went back last has the mark of that
+    assert loss == [("0", "5", "2"), ("0", "11", "2"), *lost]  # there is no point at 12
+    assert norm == [("0", "5", "2"), ("0", "12", "2"), *lost]
+    assert "where the guard went back" in json.dumps(chart.to_dict())
+    assert "where the guard went back" not in json.dumps(figures.trajectories(shown).to_dict())
+
+
 @pytest.mark.parametrize("metric", [[None] * 8, [0.0] * 8, [1.0] * 8])
 def test_extreme_metrics_still_make_a_figure(metric: list[float | None], tmp_path: Path) -> None:
     table = trials(metric=pl.Series(metric, dtype=pl.Float64), lr0=[0.01] * 8)

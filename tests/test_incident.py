@@ -772,6 +772,15 @@ def test_a_named_checkpoint_is_loaded(good: Path, tmp_path: Path) -> None:
         replay.replay(good, weights=tmp_path / "none.pt")
 
 
+def test_the_command_asks_for_the_checkpoint_before_it_says_anything(
+    good: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["replay", str(good), "weights=none.pt"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "weights=none.pt: no such file; give a checkpoint (.pt), or scratch for fresh weights" in said.err
+
+
 class Touch:
     """What a pickle would do when it is loaded."""
 

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from polars.testing import assert_frame_equal
 
-from yolo_gradstab.cli import main
+from yolo_gradstab.cli import _say_where, main
 from yolo_gradstab.comparison import arm_label, effects, gather
 from yolo_gradstab.config import load_config
 from yolo_gradstab.report import ReportError, build_report
@@ -602,6 +602,57 @@ def test_a_healthy_run_has_nothing_wrong(tmp_path: Path) -> None:
     assert summary_of(run)["findings"] == []
 
 
+def test_a_run_that_has_not_learned_is_not_said_to_be_well(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Five steps are too few to learn anything, and too few for anything to be wrong with them."""
+    run = write_run(tmp_path / "run", losses=HEALTHY[:5], metrics=[0.0, 0.0005])
+    words = "Nothing wrong was found, but the run has not learned: mAP50 is 0.0005 after 5 steps."
+    assert main(["diagnose", str(run)]) == 0
+    assert capsys.readouterr().out.startswith(words)
+    page = build_report(run).read_text()
+    assert words in page
+    assert "completed without learning" in page
+    write_run(tmp_path / "other", args={"lr0": 0.03})
+    (comparison,), _ = gather([run, tmp_path / "other"])
+    assert comparison.findings_sentence == "Nothing wrong was found, but 1 did not learn."
+
+
+def test_the_share_of_clipped_steps_is_the_same_wherever_it_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of 60 steps every second one is clipped, and one of the others was taken back: 30 of 59 that made the weights."""
+    run = write_run(tmp_path / "run")
+    RunFolder(run).append_event({"event": "rollback", "kind": "blowup", "step": 10, "to_step": 10, "lr_factor": 0.5})
+    assert _say_where(run) == 0
+    assert "60 optimizer steps: gradient norm 40 (median), 51% of steps clipped, 0 not applied, 1 taken back\n" in (
+        capsys.readouterr().out
+    )
+    build_report(run)
+    assert pl.read_csv(run / "trials.csv")["clipped_share"].to_list() == pytest.approx([30 / 59])
+    (clipped,) = [finding for finding in read_run(run).diagnose() if finding.kind == "always_clipped"]
+    assert clipped.evidence["share of steps clipped"].value == pytest.approx(30 / 59)
+
+
+def test_a_run_whose_rate_is_not_known_is_named_and_not_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "args.yaml").unlink()
+    other = write_run(tmp_path / "other")
+    build_report([run, other], tmp_path / "out")
+    (reason,) = [item["reason"] for item in summary_of(tmp_path / "out")["not_shown"] if item["path"] == str(run)]
+    assert reason == "cannot be read: its args.yaml is missing or names no lr0, so its learning rate is not known"
+    assert pl.read_csv(tmp_path / "out/trials.csv")["id"].to_list() == ["other"]
+
+
+def test_where_the_guard_went_back_is_in_the_figure(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", epoch_steps=20)
+    other = write_run(tmp_path / "other", args={"lr0": 0.03})
+    RunFolder(other).append_event({"event": "rollback", "kind": "blowup", "step": 10, "to_step": 0, "lr_factor": 0.5})
+    (comparison,), _ = gather([run, other])
+    (trial,) = [i for i, entry in enumerate(comparison.entries) if entry.row.id == "other"]
+    assert comparison.rollbacks_table().rows() == [(trial, 10)]
+    page = build_report([run, other], tmp_path / "out").read_text()
+    assert "where the guard went back" in page
+
+
 def test_records_that_cannot_be_diagnosed_leave_the_run_in_the_report(sweep: Path) -> None:
     folder = next(path for path in sorted((sweep / "trials").iterdir()) if not read_run(path).diagnose())
     incident = folder / "gradstab" / "incidents" / "3" / "incident.json"
@@ -652,6 +703,14 @@ def test_a_run_alone_is_shown_while_it_goes_on(tmp_path: Path) -> None:
     assert "train (norm 10, lr0 0.02) is running, or was killed, after 60 steps, 50% of them clipped" in text
     assert "no final metric" in text
     assert 'data-figure="train_trajectories"' in text
+    folder = RunFolder(run)
+    folder.hold()
+    try:
+        text = build_report(run).read_text()
+    finally:
+        folder.release()
+    assert "train (norm 10, lr0 0.02) is running after 60 steps, 50% of them clipped" in text
+    assert "has not ended: it is running<" in text
 
 
 def test_trials_that_were_not_started_are_counted(sweep: Path) -> None:

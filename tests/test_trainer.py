@@ -7,6 +7,7 @@ training from JSON equals training from labels.
 import json
 import logging
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -1077,6 +1078,34 @@ def test_resume_with_another_batch_size_goes_on(drawn: dict[str, DrawnSet], tmp_
     steps = read_run(tmp_path / "run").steps
     assert steps["step"].to_list() == list(range(len(steps)))
     assert steps.filter(pl.col("epoch") >= 2)["images"].to_list() == [8, 8, 8, 8]
+
+
+def test_a_run_that_was_copied_goes_on_in_the_copy(
+    drawn: dict[str, DrawnSet], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, copy = tmp_path / "begun", tmp_path / "copy"
+    with pytest.raises(InterruptionError):
+        train(
+            trainer_for("detect"),
+            drawn["detect"].arguments(tmp_path, name="begun", epochs=3, val=False),
+            on_train_epoch_end=interrupt_in(1),
+        )
+    shutil.copytree(begun, copy)
+    (begun / "gradstab/data.yaml").unlink()  # the copy has its own
+    before = {path: path.stat().st_mtime_ns for path in begun.rglob("*")}
+    LOGGER.addHandler(caplog.handler)
+    try:
+        train(trainer_for("detect"), {"resume": str(copy / "weights/last.pt")})
+    finally:
+        LOGGER.removeHandler(caplog.handler)
+    assert {path: path.stat().st_mtime_ns for path in begun.rglob("*")} == before
+    assert read_run(begun).steps["epoch"].max() == 1
+    assert read_run(copy).steps["epoch"].max() == 2
+    assert read_run(copy).status.outcome == "completed"
+    assert f"The run was begun in {begun}; it goes on in {copy}, where its checkpoint is." in caplog.messages
+    stripped = [line for line in caplog.messages if line.startswith("Optimizer stripped from")]
+    assert [line.split(",")[0].rpartition("/")[2] for line in stripped] == ["last.pt", "best.pt"]
+    assert not any("tmp" in line.rpartition("/")[2] for line in stripped)
 
 
 def test_a_resume_that_freezes_layers_leaves_them_where_they_are(drawn: dict[str, DrawnSet], tmp_path: Path) -> None:

@@ -27,11 +27,12 @@ from yolo_gradstab.config import (
     load_config,
     nearest,
 )
-from yolo_gradstab.runs import RunFolder, make_out, one_line
+from yolo_gradstab.runs import RunFolder, counted, make_out, one_line
 from yolo_gradstab.usage import HELP, help_of
 
 __all__ = ["main"]
 
+MOST_PROBLEMS = 20  # of a data set, that are shown: where a folder is a wrong one, every image has one
 PATHS = {"out", "coco", "model", "data", "weights", "project", "name"}  # text, though a folder may be called 2017
 
 
@@ -119,6 +120,8 @@ def _train(task: str, words: list[str]) -> int:
     if arguments.get("task") not in {None, task}:
         other = arguments["task"]
         raise UsageError(f"task={other}: the command is `{task} train`; give `yolo-gradstab {other} train`")
+    if arguments.get("resume") is True and not arguments.get("model"):
+        raise UsageError("resume=True: of which run? give its checkpoint, e.g. resume=RUN/weights/last.pt")
     model = str(arguments.pop("model", None) or TASK2MODEL[task])
     if resume := arguments.get("resume"):
         model = _checkpoint(model if resume is True else str(resume))  # which names the model as well
@@ -148,18 +151,20 @@ def _say_where(folder: Path) -> int:
     """Two lines about the run: what its gradients were like, and where to look."""
     import polars as pl
 
-    from yolo_gradstab.telemetry import read_run
+    from yolo_gradstab.stats import clipped_share
+    from yolo_gradstab.telemetry import lasting, read_run
 
     run = read_run(folder)
     steps = run.steps
     if len(steps):
-        clipped, median = steps.select(
-            (pl.col("clip_coef") < 1).mean(), pl.col("total_norm").median().alias("p50")
-        ).row(0)
-        skipped = steps["skipped"].sum()
+        made = run.made
+        taken_back = len(steps) - len(lasting(steps, run.events))
+        share = clipped_share(made["clip_coef"].fill_null(math.nan))
+        median = steps.select(pl.col("total_norm").median()).item()
         print(
-            f"{len(steps)} optimizer steps: gradient norm {median:.4g} (median), "
-            f"{clipped:.0%} of steps clipped, {skipped} not applied"
+            f"{counted(len(steps), 'optimizer step')}: gradient norm {median:.4g} (median), "
+            f"{share or 0:.0%} of steps clipped, {steps['skipped'].sum()} not applied"
+            + (f", {taken_back} taken back" if taken_back else "")
         )
     print(f"Run: {folder}   records: {folder / 'gradstab'}   report: yolo-gradstab report {folder}")
     if run.status.outcome in {"stopped", "diverged"}:
@@ -179,7 +184,9 @@ def _training_arguments(words: list[str], also: Sequence[str] = ()) -> tuple[Con
         key, equals, text = word.partition("=")
         if not equals:
             if not isinstance(DEFAULT_CFG_DICT.get(key), bool):
-                raise UsageError(f"{word!r} is not key=value{nearest(key, [*DEFAULT_CFG_DICT, *config_keys()])}")
+                known = [*DEFAULT_CFG_DICT, *config_keys()]
+                advice = f"; give it a value, {word}=..." if word in known else nearest(key, known)
+                raise UsageError(f"{word!r} is not key=value{advice}")
             host[key] = True  # as in `yolo detect train resume`
         elif key == "gradstab":
             file = text
@@ -260,7 +267,7 @@ def _data_check(given: dict[str, Any]) -> int:
     else:
         _print_check(report)
     if report.problems:
-        return _fail(f"{options['coco']}: {len(report.problems)} problems", 1)
+        return _fail(f"{options['coco']}: {counted(len(report.problems), 'problem')}", 1)
     return 0
 
 
@@ -281,8 +288,10 @@ def _print_check(report: Any) -> None:
         console.print(table)
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
-    for problem in report.problems:
+    for problem in report.problems[:MOST_PROBLEMS]:
         console.print(f"problem: {problem}", markup=False)
+    if (more := len(report.problems) - MOST_PROBLEMS) > 0:
+        console.print(f"... and {counted(more, 'more problem')}; format=json names them all")
 
 
 def _data_convert(given: dict[str, Any]) -> int:
@@ -420,7 +429,7 @@ def _lr_range(words: list[str]) -> int:
     _print_range(result)
     found = f"training broke at lr {result.lr_div:.2g} ({result.how})" if result.lr_div else result.how
     first = f" from lr {result.lr[0]:.2g}" if result.lr else ""
-    print(f"{len(result.lr)} steps{first}: {found}")
+    print(f"{counted(len(result.lr), 'step')}{first}: {found}")
     if result.steepest is not None:
         print(f"loss fell fastest near lr {result.steepest:.2g}")
     print(f"grid to sweep:  lr0: {[float(f'{rate:g}') for rate in result.grid]}")
@@ -460,7 +469,7 @@ def _report(words: list[str]) -> int:
 def _diagnose(words: list[str]) -> int:
     """Findings of a run or of a checkpoint, most important first; finding something is no failure."""
     from yolo_gradstab.audit import audit_checkpoint
-    from yolo_gradstab.diagnosis import diagnose, failed_words, records_of
+    from yolo_gradstab.diagnosis import diagnose, nothing_words, records_of
     from yolo_gradstab.telemetry import read_run
 
     if not words or _is_pair(words[0]):
@@ -474,8 +483,7 @@ def _diagnose(words: list[str]) -> int:
         _print_json({"run": path, "findings": findings})
         return 0
     if all(finding.severity == "info" for finding in findings):
-        failed = run.status if run is not None and run.status.outcome == "failed" else None
-        print("Nothing wrong was found." if failed is None else failed_words(failed))
+        print("Nothing wrong was found." if run is None else nothing_words(run.status, run.map50))
     for finding in findings:
         print(finding.text())
     return 0
@@ -485,11 +493,13 @@ def _replay(words: list[str]) -> int:
     """What was captured, where it went bad then, and where it goes bad now; going bad is no failure."""
     from yolo_gradstab.incident import NOT_LOCALISED, read_incident
     from yolo_gradstab.localisation import first_bad_words, same_place
+    from yolo_gradstab.replay import check_weights, replay
 
     if not words or _is_pair(words[0]):
         raise UsageError("replay: give an incident first, e.g. `yolo-gradstab replay RUN/gradstab/incidents/12`")
     options = _options("replay", _pairs(words[1:]), required=(), optional={"weights": None})
     incident = read_incident(words[0])
+    check_weights(options["weights"])
     numbers = [("loss", incident.loss), ("gradient norm", incident.total_norm)]
     said = ", ".join(f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in numbers)
     where = f"epoch {incident.epoch}, batch {incident.batch}"
@@ -502,8 +512,6 @@ def _replay(words: list[str]) -> int:
         _print_line(f"note: {incident.note}")
     known = incident.first_bad is not None or NOT_LOCALISED not in incident.note
     _print_line(f"Then: {first_bad_words(incident.first_bad) if known else NOT_LOCALISED}")
-    from yolo_gradstab.replay import replay
-
     found = replay(words[0], weights=options["weights"])
     same = "the same place" if same_place(found, incident.first_bad) else "another place"
     with_weights = "" if options["weights"] is None else f" (weights={options['weights']})"

@@ -18,12 +18,12 @@ import polars as pl
 
 from yolo_gradstab import stats
 from yolo_gradstab.config import CLIP_POLICIES, ConfigError, Init
-from yolo_gradstab.diagnosis import Finding, failed_words
-from yolo_gradstab.diagnosis.case import HOST_LR0, HOST_WARMUP, effective_lr, stage_of
+from yolo_gradstab.diagnosis import Finding, nothing_words
+from yolo_gradstab.diagnosis.case import HOST_WARMUP, effective_lr, stage_of
 from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Kind, Severity
 from yolo_gradstab.diagnosis.layers import backbone
 from yolo_gradstab.guard import NO_QUALITY, Divergence, UnrestKind, find_divergences
-from yolo_gradstab.runs import RunError, RunFolder, gave_up_on_nan, one_line
+from yolo_gradstab.runs import RunError, RunFolder, counted, gave_up_on_nan, one_line
 from yolo_gradstab.stats import Estimate
 from yolo_gradstab.sweep import Spec, Trial, identity_of, plan, planned_config, read_trial, trial_at
 from yolo_gradstab.telemetry import QUALITY, Run, lasting, read_run
@@ -174,12 +174,13 @@ class Entry:
 
 def _row(run: Run, trial: Trial | None, label: str) -> Row:
     steps, args, status = run.steps, run.args, run.status
-    lr0 = trial.lr0 if trial else float(args.get("lr0", HOST_LR0))
+    if trial is None and "lr0" not in args:
+        raise ValueError("its args.yaml is missing or names no lr0, so its learning rate is not known")
+    lr0 = trial.lr0 if trial else float(args["lr0"])
     if not (math.isfinite(lr0) and lr0 > 0):
         raise ValueError(f"lr0={lr0:g} has no place on a scale of learning rates, which are above 0")
     verdict, found, note = _judge(run)
     norms = steps["total_norm"].fill_null(math.nan).to_numpy()
-    made = lasting(steps, run.events).filter(~pl.col("skipped").fill_null(False))  # and not taken back
     summary, ratio = stats.norm_summary(norms), stats.loss_ratio(steps["loss"].fill_null(math.nan).to_numpy())
     metric = None if verdict in UNDECIDED else run.metric
     given = args | (trial.arm if trial else {})  # a trial may have ended before the host wrote its arguments
@@ -205,7 +206,7 @@ def _row(run: Run, trial: Trial | None, label: str) -> Row:
         spike_score=stats.spike_score(norms),
         robust_spike_score=stats.robust_spike_score(norms),
         largest_loss_ratio=ratio.largest if ratio else None,
-        clipped_share=stats.clipped_share(made["clip_coef"].fill_null(math.nan).to_numpy()),
+        clipped_share=stats.clipped_share(run.made["clip_coef"].fill_null(math.nan).to_numpy()),
         lr_eff=effective_lr(steps, run.events, lr0=lr0),
         seconds=status.seconds,
         note=note,
@@ -225,7 +226,7 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
     status = run.status
     reason = status.reason or ""
     if status.outcome in {"running", "interrupted"}:
-        return status.outcome, None, reason or "has not ended: it is running, or was killed"
+        return status.outcome, None, reason or f"has not ended: it {_running(run)}"
     map50 = run.map50
     if status.divergence:
         at = [
@@ -252,6 +253,11 @@ def _judge(run: Run) -> tuple[Verdict, Divergence | None, str]:
     if map50 is not None and map50 < NO_QUALITY:
         return "stalled", None, "; ".join(text for text in (reason, _survived(run)) if text)
     return "kept", None, _survived(run)
+
+
+def _running(run: Run) -> str:
+    """Of one that says so, and that nothing shows to have been left."""
+    return "is running" if run.folder.is_held() else "is running, or was killed,"
 
 
 def _survived(run: Run) -> str:
@@ -600,13 +606,16 @@ class Comparison:
             for entry in self.entries
         )
         if kinds.keys() <= {"info"}:
-            failed = [entry.run.status for entry in self.entries if entry.row.verdict == "failed"]
-            if self.is_single and failed:
-                return failed_words(failed[0])
-            return "Nothing wrong was found." if not failed else f"Nothing wrong was found, but {len(failed)} failed."
+            if self.is_single:
+                return nothing_words(self.entries[0].run.status, self.entries[0].run.map50)
+            verdicts = Counter(entry.row.verdict for entry in self.entries)
+            poor: dict[Verdict, str] = {"failed": "failed", "stalled": "did not learn"}
+            but = [f"{verdicts[verdict]} {what}" for verdict, what in poor.items() if verdicts[verdict]]
+            return f"Nothing wrong was found, but {_listed(but)}." if but else "Nothing wrong was found."
         words = {"error": "with an error", "warning": "with a warning", "damaged": "whose records cannot be diagnosed"}
         parts = [f"{kinds[kind]} {what}" for kind, what in words.items() if kinds[kind]]
-        return "" if self.is_single and not kinds["damaged"] else f"Of {len(self.entries)} runs: {_listed(parts)}."
+        of = f"Of {counted(len(self.entries), 'run')}"
+        return "" if self.is_single and not kinds["damaged"] else f"{of}: {_listed(parts)}."
 
     @cached_property
     def sorts(self) -> str:
@@ -616,7 +625,7 @@ class Comparison:
         parts = [f"{counts[kind]} {words.get(kind, kind)}" for kind in counts if kind != "kept"]
         if not parts:
             return ""
-        text = f"Of {len(self.entries)} runs, {_listed(parts)}."
+        text = f"Of {counted(len(self.entries), 'run')}, {_listed(parts)}."
         saved = self.compute_saved_s.value
         return text + (f" Ending diverged runs early spared {saved / 60:.0f} min." if saved and saved > 90 else "")
 
@@ -660,6 +669,16 @@ class Comparison:
             if len(entry.steps)
         ]
         return pl.concat(tables) if tables else None
+
+    def rollbacks_table(self) -> pl.DataFrame:
+        """The steps after which the guard went back, by run as in `steps_table`."""
+        rows = [
+            (i, event["step"])
+            for i, entry in enumerate(self.entries)
+            for event in entry.run.events
+            if event.get("event") == "rollback" and isinstance(event.get("step"), int)
+        ]
+        return pl.DataFrame(rows, schema={"trial": pl.Int32, "step": pl.Int64}, orient="row")
 
     def survival_table(self) -> pl.DataFrame | None:
         """Share of an arm's runs that have not diverged, by step; nothing where none has."""
@@ -706,7 +725,7 @@ class Comparison:
     def sentence(self) -> str:
         """What the numbers say, in the order of the table."""
         if self.is_single:
-            return _single_sentence(self.entries[0].row, self.metric_name)
+            return _single_sentence(self.entries[0], self.metric_name)
         arms = [arm for arm in self.arms if arm["trials"]]
         if not arms:
             counts = Counter(entry.row.verdict for entry in self.entries)
@@ -715,7 +734,7 @@ class Comparison:
             return f"No run counts: {_listed([f'{number} {kind}' for kind, number in counts.items()])}."
         shown, rest = (arms, []) if len(arms) <= MOST_NAMED else (arms[:1], arms[1:])
         lost = _losses(
-            [f"{arm['label']} lost {arm['diverged']} of {arm['trials']} runs" for arm in shown],
+            [f"{arm['label']} lost {arm['diverged']} of {counted(arm['trials'], 'run')}" for arm in shown],
             [arm["diverged"] for arm in rest],
         )
         alike = self._losses_alike(shown, rest)
@@ -882,12 +901,13 @@ def _median(values: Iterable[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _single_sentence(row: Row, metric_name: str) -> str:
+def _single_sentence(entry: Entry, metric_name: str) -> str:
+    row = entry.row
     metric = "no final metric" if row.metric is None else f"final {metric_name} {row.metric:.3f}"
     clipped = "" if row.clipped_share is None else f", {row.clipped_share:.0%} of them clipped"
     how = {
         "kept": "completed",
-        "running": "is running, or was killed,",
+        "running": _running(entry.run),
         "interrupted": "was interrupted",
         "stopped": "was stopped",
         "failed": "failed",
@@ -896,7 +916,7 @@ def _single_sentence(row: Row, metric_name: str) -> str:
     at = (
         f" at step {row.divergence_step} of {row.steps}"
         if row.divergence_step is not None
-        else f" after {row.steps} steps"
+        else f" after {counted(row.steps, 'step')}"
     )
     return f"{row.id} ({row.arm}, lr0 {row.lr0:g}) {how}{at}{clipped}: {metric}."
 

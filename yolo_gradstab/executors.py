@@ -22,7 +22,17 @@ from typing import Any, Literal
 import msgspec
 import polars as pl
 
-from yolo_gradstab.runs import DivergenceKind, Outcome, RunError, RunFolder, Status, locked, one_line, terminable
+from yolo_gradstab.runs import (
+    DivergenceKind,
+    Outcome,
+    RunError,
+    RunFolder,
+    Status,
+    counted,
+    locked,
+    one_line,
+    terminable,
+)
 from yolo_gradstab.telemetry import read_run
 from yolo_gradstab.trial import (
     ENDED,
@@ -126,7 +136,7 @@ def _run_locked(
     outcomes = {trial.id: outcome_of(folder / "trials" / trial.id) for trial in trials}
     pending = [t for t in trials if outcomes[t.id] not in ENDED or outcomes[t.id] in options["again"]]
     done = len(trials) - len(pending)
-    say(f"{len(trials)} trials in {folder}, {done} of them already done; {min(jobs, len(trials))} at a time")
+    say(f"{counted(len(trials), 'trial')} in {folder}, {done} of them already done; {min(jobs, len(trials))} at a time")
     execute = _run_by_ray if executor == "ray" else _run_here
     looks = _Looks(trials, folder, options["again"])
     number, looked_s = done, 0.0
@@ -157,7 +167,8 @@ def _ending(folder: Path, trial: Trial) -> str:
         return f"{status.outcome} ({status.reason})"
     metric = run.metric
     how = f"{status.outcome} ({status.divergence})" if status.divergence else status.outcome
-    return f"{how} after {status.step} steps, " + ("no metric" if metric is None else f"{run.metric_name} {metric:.3g}")
+    found = "no metric" if metric is None else f"{run.metric_name} {metric:.3g}"
+    return f"{how} after {counted(status.step, 'step')}, {found}"
 
 
 def _duration(seconds: float) -> str:

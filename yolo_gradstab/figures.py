@@ -29,24 +29,31 @@ __all__ = [
     "trajectories",
 ]
 
+INK, QUIET, GRID, LOST = "#1f2328", "#59636e", "#e6e8eb", "#b3261e"
 # Okabe and Ito's colours, distinct for all kinds of colour vision; their yellow is too pale for lines on white.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 SHAPES = ("circle", "square", "diamond", "cross", "triangle-right", "triangle-left", "circle")  # not those of `MARKS`
 
 
 class Mark(NamedTuple):
-    """How a kind of divergence is drawn, and named where shapes cannot be."""
+    """How what became of a run is drawn, and named where shapes cannot be."""
 
     path: str
     filled: bool
     sign: str
     words: str
+    color: str = LOST
 
 
 MARKS = {
     "collapse": Mark("triangle-down", True, "▼", "silent collapse"),
     "blowup": Mark("triangle-up", True, "▲", "blow-up"),
     "nonfinite": Mark("M-1,-1L1,1M-1,1L1,-1", False, "×", "not finite"),
+}
+# What happens to a run, in `trajectories`, by its number there.
+EVENTS = {
+    1: Mark(MARKS["nonfinite"].path, False, "×", "a red × where one diverged"),
+    2: Mark("triangle-left", True, "◀", "a black triangle where the guard went back", INK),
 }
 MOST_TICKS = 12  # of learning rates
 MOST_ARMS = 7  # lines that can be told apart
@@ -57,7 +64,6 @@ LABEL_SIZE = 12.5  # of legends and of the heads of columns
 LABEL_PX = 7  # of a letter of that size, about
 SYMBOL_PX = 20  # of a legend, beside its label
 FONT = "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif"
-INK, QUIET, GRID, LOST = "#1f2328", "#59636e", "#e6e8eb", "#b3261e"
 
 MOST_COLUMNS = 5  # learning rates beside each other in `trajectories`
 LAYER_COLUMNS = 120  # of a heat map of stages over steps
@@ -245,13 +251,16 @@ def _ticks(top: float) -> list[float]:
 # Trajectories --------------------------------------------------------------------------------------------------------
 
 
-def trajectories(steps: pl.DataFrame, *, most_points: int = FIGURE_POINTS) -> alt.VConcatChart:
+def trajectories(
+    steps: pl.DataFrame, rollbacks: pl.DataFrame | None = None, *, most_points: int = FIGURE_POINTS
+) -> alt.VConcatChart:
     """Loss, gradient norm and clip share over optimizer steps: a column per learning rate, a thin line per trial.
 
     Args:
         steps: The step records of the trials (`step`, `loss`, `total_norm`, `clip_coef`) with the columns `trial`,
             `arm`, `lr0` and `diverged_at` (null where the trial did not diverge). At most five learning rates are
             shown: those around the lowest at which a trial diverged, or the highest.
+        rollbacks: Where the guard went back: `trial`, and the `step` after which it did.
         most_points: Of all lines together; a page of several such figures shares `FIGURE_POINTS` among them.
     """
     arms = steps["arm"].unique(maintain_order=True).to_list()
@@ -268,13 +277,14 @@ def trajectories(steps: pl.DataFrame, *, most_points: int = FIGURE_POINTS) -> al
         panels.append((positive, alt.Y("value:Q", scale=alt.Scale(type="log", nice=False), title=title, axis=axis)))
     scale = alt.Scale(domain=[0, 100])
     panels.append((_clip_share(shown), alt.Y("value:Q", scale=scale, title="clipped steps (%)")))
+    marks = _marks(shown, rollbacks)
     charts = [
-        _panel(_marked(thin(table, points), shown), y, arms, rates, is_first=i == 0, is_last=i == len(panels) - 1)
+        _panel(_marked(thin(table, points), marks), y, arms, rates, is_first=i == 0, is_last=i == len(panels) - 1)
         for i, (table, y) in enumerate(panels)
     ]
-    is_marked = shown["diverged_at"].is_not_null().any()
+    drawn = [mark.words for kind, mark in EVENTS.items() if (marks["mark"] == kind).any()]
     note = [
-        "A line per run, thinned so that extremes stay" + ("; a red × where one diverged." if is_marked else "."),
+        "A line per run, thinned so that extremes stay" + "".join(f"; {words}" for words in drawn) + ".",
         "Norms are those before clipping, the share is a rolling one.",
     ]
     if missing := [f"{count} of the {name}" for name, count in dropped.items() if count]:
@@ -288,13 +298,23 @@ def trajectories(steps: pl.DataFrame, *, most_points: int = FIGURE_POINTS) -> al
     return styled
 
 
-def _marked(table: pl.DataFrame, steps: pl.DataFrame) -> pl.DataFrame:
-    """`mark` is 1 at the last point of a run up to the step it diverged at."""
-    diverged_at = steps.group_by("trial").agg(pl.col("diverged_at").first())
-    until = pl.when(pl.col("step") <= pl.col("diverged_at")).then(pl.col("step"))
-    is_last = pl.col("step") == until.max().over("trial")
-    table = table.join(diverged_at, on="trial", how="left", maintain_order="left")
-    return table.with_columns(mark=is_last.fill_null(value=False).cast(pl.Int64)).drop("diverged_at")
+def _marks(steps: pl.DataFrame, rollbacks: pl.DataFrame | None) -> pl.DataFrame:
+    """`trial`, `step` and `mark`, the kind of what happened there, of `EVENTS`."""
+    lost = steps.group_by("trial").agg(step=pl.col("diverged_at").first()).drop_nulls()
+    tables = [lost.with_columns(mark=pl.lit(1))]
+    if rollbacks is not None:
+        back = rollbacks.filter(pl.col("trial").is_in(steps["trial"].unique().to_list()))
+        tables.append(back.select("trial", "step", mark=pl.lit(2)).cast({n: lost.schema[n] for n in ("trial", "step")}))
+    return pl.concat(tables)
+
+
+def _marked(table: pl.DataFrame, marks: pl.DataFrame) -> pl.DataFrame:
+    """`mark` is the kind of `EVENTS` at a run's last point up to it, and 0 elsewhere."""
+    points = table.select("trial", "step", at="step").sort("step")
+    found = marks.sort("step").join_asof(points, on="step", by="trial", check_sortedness=False)
+    at = found.drop_nulls("at").group_by("trial", "at").agg(pl.col("mark").min())  # to be lost outweighs
+    table = table.join(at, left_on=["trial", "step"], right_on=["trial", "at"], how="left", maintain_order="left")
+    return table.with_columns(pl.col("mark").fill_null(0))
 
 
 def thin(table: pl.DataFrame, points: int) -> pl.DataFrame:
@@ -364,10 +384,12 @@ def _panel(
     )
     width = (COLUMNS_PX - 14 * (len(rates) - 1)) / len(rates)
     base = alt.Chart().encode(x=alt.X("step:Q", axis=axis), y=y)
-    marks = base.transform_filter("datum.mark == 1").mark_point(
-        shape=MARKS["nonfinite"].path, size=40, strokeWidth=2, color=LOST, opacity=1
-    )
-    layers = [base.mark_line(strokeWidth=1.1, opacity=0.65).encode(detail="trial:N", color=color), marks]
+    layers = [base.mark_line(strokeWidth=1.1, opacity=0.65).encode(detail="trial:N", color=color)]
+    for kind, event in EVENTS.items():
+        mark = base.transform_filter(f"datum.mark == {kind}").mark_point(
+            shape=event.path, filled=event.filled, size=40, strokeWidth=2, color=event.color, opacity=1
+        )
+        layers.append(mark)
     lines = alt.layer(*layers, data=_values(table))
     column = alt.Column("lr0:O", header=header, sort="ascending")
     panel: alt.FacetChart = lines.properties(width=width, height=150).facet(column=column, spacing=14)

@@ -40,7 +40,9 @@ from yolo_gradstab.incident import (
 from yolo_gradstab.localisation import FirstBad, localise, seeded, tensors_in
 from yolo_gradstab.runs import one_line
 
-__all__ = ["replay"]
+__all__ = ["check_weights", "replay"]
+
+SCRATCH = "scratch"  # in place of a checkpoint: fresh weights
 
 DTYPES = {"uint8", "int32", "int64", "float16", "float32", "float64"}
 MAX_MEMBERS = 20_000  # arrays of one file; the largest stock model has about 2,000
@@ -94,7 +96,7 @@ def replay(path: str | Path, *, weights: str | Path | None = None) -> FirstBad |
     model = _build(spec, path / "model.json", images=arrays["img"].shape, labels=labels)
     if weights is None:
         _load_captured(model, path)
-    elif str(weights) != "scratch":
+    elif str(weights) != SCRATCH:
         _load_checkpoint(model, Path(weights))
     import torch
 
@@ -301,6 +303,16 @@ def _stock_names() -> tuple[frozenset[str], frozenset[str]]:
     return frozenset(modules), frozenset(words)
 
 
+def check_weights(weights: str | Path | None) -> None:
+    """Whether there is such a checkpoint, where `replay` is to be given one.
+
+    Raises:
+        IncidentError: There is none.
+    """
+    if weights is not None and str(weights) != SCRATCH and not Path(weights).is_file():
+        raise IncidentError(f"weights={weights}: no such file; give a checkpoint (.pt), or scratch for fresh weights")
+
+
 def _load_captured(model: Any, path: Path) -> None:
     import torch
 
@@ -333,8 +345,7 @@ def _load_captured(model: Any, path: Path) -> None:
 def _load_checkpoint(model: Any, file: Path) -> None:
     from ultralytics.nn.tasks import load_checkpoint
 
-    if not file.is_file():
-        raise IncidentError(f"weights={file}: no such file; give a checkpoint (.pt), or scratch for fresh weights")
+    check_weights(file)
     try:
         loaded, _ = load_checkpoint(file)
         model.load_state_dict(loaded.float().state_dict())

@@ -20,7 +20,7 @@ from markupsafe import Markup
 
 from yolo_gradstab import figures
 from yolo_gradstab.comparison import DIVERGED, Comparison, NotShown, ReportError, Row, gather
-from yolo_gradstab.runs import make_out, replacing
+from yolo_gradstab.runs import counted, make_out, replacing
 from yolo_gradstab.telemetry import Run
 
 __all__ = ["ReportError", "build_report"]
@@ -142,7 +142,7 @@ def _charts(comparison: Comparison, most_points: int) -> dict[str, Any]:
             charts["survival"] = figures.survival(curves)
     steps = comparison.steps_table()
     if steps is not None:
-        charts["trajectories"] = figures.trajectories(steps, most_points=most_points)
+        charts["trajectories"] = figures.trajectories(steps, comparison.rollbacks_table(), most_points=most_points)
     depth = comparison.depth_table()
     if depth is not None:
         charts["depth"] = figures.depth_profile(depth)
@@ -166,7 +166,7 @@ def _context(comparisons: list[Comparison], not_shown: list[NotShown]) -> dict[s
     return {
         "comparisons": comparisons,
         "not_shown": not_shown,
-        "num_runs": len(runs),
+        "num_runs": counted(len(runs), "run"),
         "diverged": DIVERGED,
         "folded_runs": FOLDED_RUNS,
         "has_stock": any(

@@ -49,6 +49,11 @@ def one_line(error: Exception) -> str:
     return text if len(text) <= MAX_LINE else f"{text[:MAX_LINE]}..."
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun."""
+    return f"{number} {one if number == 1 else many or one + 's'}"
+
+
 def make_out(folder: Path, refusal: type[ValueError], *, part: str = "") -> None:
     """Make the folder that `out` names, and a part of it.
 
@@ -164,6 +169,10 @@ class RunFolder:
         finally:
             os.close(file)
         return True
+
+    def is_held(self) -> bool:
+        """Whether a process holds the folder; where there are no locks nothing says so."""
+        return self.lock.is_file() and fcntl is not None and not self.is_left()
 
     def tidy(self, *, new: bool) -> None:
         """Remove what processes that were killed had not renamed into place; for a new run, an older one's records."""

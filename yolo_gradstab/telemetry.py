@@ -286,6 +286,11 @@ class Run:
         return read_parts(self.folder.steps, STEP_SCHEMA)
 
     @cached_property
+    def made(self) -> pl.DataFrame:
+        """The steps that moved the weights to where they are: neither skipped nor taken back."""
+        return made(self.steps, self.events)
+
+    @cached_property
     def layers(self) -> pl.DataFrame:
         """A row per recorded step and layer."""
         return read_parts(self.folder.layers, LAYER_SCHEMA)
@@ -364,6 +369,11 @@ def lasting(table: pl.DataFrame, events: Sequence[Mapping[str, Any]]) -> pl.Data
         if event.get("event") == "rollback" and isinstance(step, int) and isinstance(to_step, int):
             table = table.filter(~pl.col("step").is_between(to_step, step))
     return table
+
+
+def made(steps: pl.DataFrame, events: Sequence[Mapping[str, Any]]) -> pl.DataFrame:
+    """Of the steps that last, those that moved the weights."""
+    return lasting(steps, events).filter(~pl.col("skipped").fill_null(False))
 
 
 def read_run(path: str | Path) -> Run:

@@ -17,6 +17,7 @@ Where our parts stand in the host's loop (`BaseTrainer._do_train`; ours in capit
 from __future__ import annotations
 
 import csv
+import logging
 import math
 import random
 import shutil
@@ -89,6 +90,7 @@ from yolo_gradstab.norms import (
 from yolo_gradstab.runs import (
     RunFolder,
     Status,
+    counted,
     gave_up_on_nan,
     one_line,
     replacing,
@@ -180,6 +182,27 @@ def host_model(task: str, model: str) -> tuple[Model, type[BaseTrainer]]:
             f"model={model} is a {yolo.task} model, not a {task} model; give the task {yolo.task} or another model"
         )
     return yolo, yolo.task_map[task]["trainer"]
+
+
+def _warn_in_epoch(text: str) -> None:
+    """On a line of its own, beneath the progress bar that the host has left without an end."""
+    LOGGER.info("")
+    LOGGER.warning(text)
+
+
+@contextmanager
+def _without(words: str) -> Iterator[None]:
+    """Leave these words out of what the host says meanwhile."""
+
+    def leave_out(record: logging.LogRecord) -> bool:
+        record.msg = str(record.msg).replace(words, "")
+        return True
+
+    LOGGER.addFilter(leave_out)
+    try:
+        yield
+    finally:
+        LOGGER.removeFilter(leave_out)
 
 
 class _CheckpointPath(type(Path())):  # type: ignore[misc]  # Path itself cannot be subclassed before Python 3.12
@@ -363,8 +386,21 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
                     f"resume={self.args.model}: made by another release of yolo_gradstab, whose state this one cannot "
                     "continue; resume it with that one, or give it as model= to a new run"
                 )
+            if not overrides.get("save_dir"):  # which DDP workers are given
+                self._follow_checkpoint()
         if RANK in {-1, 0}:
             self._take_folder()
+
+    def _follow_checkpoint(self) -> None:
+        """Go on where the checkpoint lies; the host goes on where the run was begun, also with a copy of it."""
+        begun, weights = Path(self.args.save_dir), Path(self.args.model).resolve().parent
+        here = RunFolder(weights.parent)
+        if weights.name != "weights" or not here.gradstab.is_dir() or here.path == begun.resolve():
+            return
+        LOGGER.info(f"The run was begun in {begun}; it goes on in {here.path}, where its checkpoint is.")
+        self.args.save_dir = str(here.path)
+        if self.args.data and Path(self.args.data) == RunFolder(begun).gradstab / "data.yaml":
+            self.args.data = str(here.gradstab / "data.yaml")
 
     def _take_folder(self) -> None:
         path = get_save_dir(self.args)
@@ -731,7 +767,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             return
         event = {"event": "incident", "step": self._step, "epoch": self.epoch, "batch": self._batch, "reason": reason}
         self._run.append_event(event | {"path": f"incidents/{self._step}"})
-        LOGGER.warning(f"Batch kept: yolo-gradstab replay {folder / str(self._step)}")
+        _warn_in_epoch(f"Batch kept: yolo-gradstab replay {folder / str(self._step)}")
 
     # Going back ------------------------------------------------------------------------------------------------------
 
@@ -794,7 +830,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             event |= {"lr_factor": self._lr_factor, "rollbacks": self._rollbacks}
             self._run.append_event(event | ({"clip": "norm"} if self._clipping is STOCK_CLIP else {}))
             also = f", gradient clipped at {STOCK_CLIP.max_norm:g}" if starts_clipping else ""
-            LOGGER.warning(
+            _warn_in_epoch(
                 f"{found.reason}: back to the state of step {good.step}, learning rate times {self._lr_factor:g}{also} "
                 f"from here on (rollback {self._rollbacks} of {self._config.guard.max_rollbacks})"
             )
@@ -869,7 +905,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             event = {"event": "divergence", "kind": found.kind, "step": found.step, "reason": found.reason}
             self._run.append_event({**event, "epoch": self.epoch, "action": action})
             advice = "; guard.divergence=rollback would go back, =stop end the run here" if action == "off" else ""
-            LOGGER.warning(f"Diverged ({found.kind}) at step {found.step}: {found.reason}{advice}")
+            _warn_in_epoch(f"Diverged ({found.kind}) at step {found.step}: {found.reason}{advice}")
         if action == "rollback":
             self._lost = self._lost or found
             return
@@ -1113,7 +1149,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         run.drop_from(self._step, num_events=self._resumed["num_events"] if self._resumed else None)
         run.drop_results_after(self.start_epoch)
         if dropped and self._step:
-            LOGGER.info(f"Records of {dropped} steps after the checkpoint are dropped; those steps are made again")
+            LOGGER.info(f"Records of {counted(dropped, 'step')} after the checkpoint are dropped, to be made again")
         self._run = run
         self._trackers = Trackers(self.callbacks)
         run.write_status(Status(step=self._step, versions=versions(), seconds=self._seconds_before))
@@ -1290,7 +1326,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         def strip(path: Path, saved_as: str = "", updates: dict[str, Any] | None = None) -> dict[str, Any]:
             with replacing(Path(path)) as temporary:
                 shutil.copyfile(path, temporary)  # which stays so where the host cannot read it
-                return dict(host_strip(path, temporary, updates))
+                with _without(f" saved as {temporary},"):
+                    return dict(host_strip(path, temporary, updates))
 
         host_strip, host_trainer.strip_optimizer = host_trainer.strip_optimizer, strip
         try:

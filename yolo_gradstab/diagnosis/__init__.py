@@ -25,16 +25,17 @@ from pathlib import Path
 
 from yolo_gradstab.diagnosis.batch import bad_images, bad_labels, module_fault
 from yolo_gradstab.diagnosis.case import Case, Records, records_of
-from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Finding, Kind, Measured, Severity, counted
+from yolo_gradstab.diagnosis.finding import KINDS, SEVERITIES, Finding, Kind, Measured, Severity
 from yolo_gradstab.diagnosis.layers import bad_init, dead_layer, depth
 from yolo_gradstab.diagnosis.loss import GAINS, loss_components, loss_spike, lost, stalled
 from yolo_gradstab.diagnosis.normal import always_clipped, benign_jump
 from yolo_gradstab.diagnosis.precision import amp, nonfinite_gradient, nonfinite_loss, nonfinite_weights
 from yolo_gradstab.diagnosis.rate import lr_too_high
-from yolo_gradstab.runs import Status
+from yolo_gradstab.guard import NO_QUALITY
+from yolo_gradstab.runs import Status, counted
 
 __all__ = [
-    "GAINS", "KINDS", "Finding", "Kind", "Measured", "Records", "Severity", "diagnose", "failed_words",
+    "GAINS", "KINDS", "Finding", "Kind", "Measured", "Records", "Severity", "diagnose",
     "last_words", "records_of",
 ]  # fmt: skip
 
@@ -74,9 +75,19 @@ def last_words(records: Records, run: str | Path) -> str:
     return f"{found[0].text()}\n{more}: yolo-gradstab diagnose {shlex.quote(str(run))}"
 
 
-def failed_words(status: Status) -> str:
-    """Of a run that ended in an error, and whose records show nothing wrong."""
-    return f"The run failed after {counted(status.step, 'step')}: {status.reason}. Its records show nothing wrong."
+def nothing_words(status: Status, map50: float | None) -> str:
+    """Of a run whose records show nothing wrong, which is not to say that it went well.
+
+    Args:
+        status: How it stands or ended.
+        map50: At its end; null where there is none.
+    """
+    after = f"after {counted(status.step, 'step')}"
+    if status.outcome == "failed":
+        return f"The run failed {after}: {status.reason}. Its records show nothing wrong."
+    if status.outcome == "completed" and map50 is not None and map50 < NO_QUALITY:
+        return f"Nothing wrong was found, but the run has not learned: mAP50 is {map50:.2g} {after}."
+    return "Nothing wrong was found."
 
 
 def _place(finding: Finding, trouble_step: float) -> tuple[int, int, int, int, int]:

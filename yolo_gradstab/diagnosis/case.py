@@ -18,7 +18,7 @@ from yolo_gradstab.diagnosis.finding import Severity
 from yolo_gradstab.guard import FIRST_STEPS, NO_QUALITY, Divergence, UnrestKind, find_divergences
 from yolo_gradstab.incident import Incident, IncidentError, read_incident
 from yolo_gradstab.runs import RunError, Status, gave_up_on_nan
-from yolo_gradstab.telemetry import Run, lasting
+from yolo_gradstab.telemetry import Run, lasting, made
 
 __all__ = ["Array", "Case", "Records", "effective_lr", "finite", "records_of", "stage_of", "step_of"]
 
@@ -160,10 +160,21 @@ class Case:
 
         Nothing of a run without such columns, and of an adaptive optimizer, whose steps are not its gradients.
         """
-        if self.is_adaptive or not {"lr", "clip_coef", "skipped"} <= set(self.steps.columns):
+        if self.is_adaptive or "lr" not in self.steps.columns or self._made is None:
             return None
         events = [event for event in self.records.events if step_of(event) < until]
         return effective_lr(self.steps.filter(pl.col("step") <= until), events, lr0=self.lr0)
+
+    @cached_property
+    def clipped_share(self) -> float | None:
+        """Of the steps that moved the weights."""
+        return None if self._made is None else stats.clipped_share(self._made["clip_coef"].fill_null(math.nan))
+
+    @cached_property
+    def _made(self) -> pl.DataFrame | None:
+        """The steps that moved the weights, where the records tell them and what was clipped."""
+        known = {"clip_coef", "skipped"} <= set(self.steps.columns)
+        return made(self.steps, self.records.events) if known else None
 
     # How it went -----------------------------------------------------------------------------------------------------
 
@@ -300,13 +311,13 @@ def _divergence(event: dict[str, Any]) -> Divergence:
 
 def effective_lr(steps: pl.DataFrame, events: Sequence[Mapping[str, Any]], *, lr0: float) -> float | None:
     """What lr0 amounts to after clipping and after the guard's backoffs, of the steps that were made and lasted."""
-    made = lasting(steps, events).filter(~pl.col("skipped").fill_null(False))
-    factors = np.ones(len(made))  # counts as a part of the clip: lr0 is what was asked for
+    steps = made(steps, events)
+    factors = np.ones(len(steps))  # counts as a part of the clip: lr0 is what was asked for
     for event in events:
         step, factor = event.get("step"), event.get("lr_factor")
         if event.get("event") == "rollback" and isinstance(step, int) and isinstance(factor, float) and factor > 0:
-            factors[(made["step"] > step).to_numpy()] = factor
-    lr, clip_coef = (made[name].fill_null(math.nan).to_numpy() for name in ("lr", "clip_coef"))
+            factors[(steps["step"] > step).to_numpy()] = factor
+    lr, clip_coef = (steps[name].fill_null(math.nan).to_numpy() for name in ("lr", "clip_coef"))
     return stats.effective_lr(lr / factors, clip_coef * factors, lr0=lr0)
 
 

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import msgspec
 
 __all__ = [
-    "KINDS", "MOST_NAMED", "SEVERITIES", "Finding", "Kind", "Measured", "Severity", "counted", "rounded",
+    "KINDS", "MOST_NAMED", "SEVERITIES", "Finding", "Kind", "Measured", "Severity", "rounded",
 ]  # fmt: skip
 
 Kind = Literal[
@@ -69,11 +69,6 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
         lines += [f"  where: {self.where}"] if self.where else []
         lines += [f"  {name}: {measured.text()}" for name, measured in self.evidence.items()]
         return "\n".join(map(_one_line, [*lines, f"  advice: {self.advice}"]))
-
-
-def counted(number: int, one: str, many: str | None = None) -> str:
-    """A number with its noun."""
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def rounded(value: float) -> str:

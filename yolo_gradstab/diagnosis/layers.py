@@ -11,9 +11,10 @@ import polars as pl
 
 from yolo_gradstab.diagnosis.batch import SANE_INPUT
 from yolo_gradstab.diagnosis.case import Case, finite, stage_of, step_of
-from yolo_gradstab.diagnosis.finding import MOST_NAMED, Finding, Kind, Measured, counted
+from yolo_gradstab.diagnosis.finding import MOST_NAMED, Finding, Kind, Measured
 from yolo_gradstab.guard import DEAD_STEPS, USUAL_SCALE
 from yolo_gradstab.localisation import FirstBad, listed
+from yolo_gradstab.runs import counted
 from yolo_gradstab.stats import depth_slope
 
 __all__ = ["backbone", "bad_init", "dead_layer", "depth"]

@@ -85,9 +85,8 @@ def always_clipped(case: Case) -> Iterator[Finding]:
 
     An adaptive optimizer divides a clipped gradient by its own size, as it does any: the clip does next to nothing.
     """
-    coef = case.column("clip_coef")[~case.skipped]
-    coef = coef[np.isfinite(coef)]
-    if not len(coef) or (coef < 1).mean() <= MOSTLY:
+    share = case.clipped_share
+    if share is None or share <= MOSTLY:
         return
     effective = case.effective_lr()
     norms = case.norm[np.isfinite(case.norm)]
@@ -104,7 +103,7 @@ def always_clipped(case: Case) -> Iterator[Finding]:
     if given:
         by = "lr0" if case.is_adaptive else "the effective rate"
         advice = f"There is nothing to do; compare runs by {by}. clip=norm is what the guard gave the run."
-    evidence = {"share of steps clipped": Measured(float((coef < 1).mean()), MOSTLY), "lr0": Measured(case.lr0)}
+    evidence = {"share of steps clipped": Measured(share, MOSTLY), "lr0": Measured(case.lr0)}
     if effective is not None:
         evidence["effective lr after clipping"] = Measured(effective)
     if given:
