@@ -18,6 +18,7 @@ import pytest
 import yaml
 from polars.testing import assert_frame_equal
 
+from yolo_gradstab import figures
 from yolo_gradstab.cli import _say_where, main
 from yolo_gradstab.comparison import arm_label, effects, gather
 from yolo_gradstab.config import load_config
@@ -37,6 +38,13 @@ SPEC = {
     "grid": {"lr0": [0.01, 0.1], "update_clip": [None, 0.03]},
     "seeds": [0, 1],
 }
+
+
+@pytest.fixture(autouse=True)
+def _empty_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of figures stay empty, where a test does not look into them: to draw them is half of a report's time."""
+    if "pictures" not in request.keywords:
+        monkeypatch.setattr(figures, "save", lambda chart, path: Path(path).touch())
 
 
 def write_run(
@@ -472,6 +480,7 @@ def test_trials_table_has_a_row_per_run(sweep: Path) -> None:
     assert lost["note"][1].startswith("RuntimeError: Training failed: NaN persisted | 4 epochs")
 
 
+@pytest.mark.pictures
 def test_documents_lead_with_what_the_numbers_say(sweep: Path) -> None:
     page = build_report(sweep)
     sentence = "norm 10 lost 2 of 4 runs and norm 10 + update_clip 0.03 lost 0 of 4 runs; best mAP50-95"
@@ -1206,8 +1215,8 @@ def test_the_page_draws_every_figure_offline_without_an_error(sweep: Path, tmp_p
     )  # fmt: skip
     messages = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert messages == []
-    figures = page.read_text().count("data-figure=")
-    assert done.stdout.count('class="marks"') == figures > 4  # what Vega draws into
+    places = page.read_text().count("data-figure=")
+    assert done.stdout.count('class="marks"') == places > 4  # what Vega draws into
     assert "<b>" not in done.stdout.split("<script")[0]
 
 

@@ -709,23 +709,27 @@ def lr_range(steps: pl.DataFrame, *, lr_div: float | None, grid: list[float]) ->
 # Output --------------------------------------------------------------------------------------------------------------
 
 
-def save(chart: alt.TopLevelMixin, path: str | Path) -> Path:
-    """Write a chart as PNG or SVG, by the name's ending; needs neither a browser nor a network."""
+def save(chart: alt.TopLevelMixin | dict[str, Any], path: str | Path) -> Path:
+    """Write a chart, or its specification, as PNG or SVG, by the name's ending; without a browser or a network."""
     import vl_convert
 
     path = Path(path)
     if path.suffix == ".svg":
-        path.write_text(vl_convert.vegalite_to_svg(chart.to_dict()), encoding="utf-8")
+        path.write_text(vl_convert.vegalite_to_svg(_specification(chart)), encoding="utf-8")
     elif path.suffix == ".png":
-        path.write_bytes(vl_convert.vegalite_to_png(chart.to_dict(), scale=2))
+        path.write_bytes(vl_convert.vegalite_to_png(_specification(chart), scale=2))
     else:
         raise ValueError(f"{path}: a figure is saved as .png or .svg, got {path.suffix or 'no ending'!r}")
     return path
 
 
-def embedded(chart: alt.TopLevelMixin) -> str:
+def embedded(chart: alt.TopLevelMixin | dict[str, Any]) -> str:
     """A chart as JSON that can stand in a `<script>` element of a page, whatever text the data holds."""
-    return json.dumps(chart.to_dict(), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(_specification(chart), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _specification(chart: alt.TopLevelMixin | dict[str, Any]) -> dict[str, Any]:
+    return chart if isinstance(chart, dict) else chart.to_dict()
 
 
 @cache

@@ -119,8 +119,9 @@ def _draw(folder: Path, comparisons: list[Comparison]) -> dict[str, Markup]:
         comparison.stem = re.sub(r"\W+", "_", name).strip("_")[:40]
         for kind, chart in _charts(comparison, figures.FIGURE_POINTS // len(comparisons)).items():
             stem = f"{comparison.stem}_{kind}"
-            figures.save(chart, folder / "figures" / f"{stem}.{FORMATS.get(kind, 'svg')}")
-            specs[stem] = Markup(figures.embedded(chart))  # escaped there, for a script element
+            spec = chart.to_dict()  # once, for the file and for the page: Altair checks it all against its schema
+            figures.save(spec, folder / "figures" / f"{stem}.{FORMATS.get(kind, 'svg')}")
+            specs[stem] = Markup(figures.embedded(spec))  # escaped there, for a script element
     return specs
 
 
