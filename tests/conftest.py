@@ -16,6 +16,8 @@ import pytest
 SETTINGS = tempfile.mkdtemp(prefix="gradstab-settings-")
 atexit.register(shutil.rmtree, SETTINGS, ignore_errors=True)
 os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_CONFIG_DIR": SETTINGS}
+# Tiny tensors are slower on many threads, in the processes of a test too, and test machines are shared.
+os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 # A shell starts what runs in its background with SIGINT ignored, and every process of a test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -78,14 +80,6 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, DrawnSet]:
     """The drawn sets by task, with models whose checkpoints are soon written."""
     models = {task: ROOT / "tests" / "models" / f"toy-{task}.yaml" for task in ("detect", "pose")}
     return {task: DrawnSet(tmp_path_factory.mktemp(task), task, model=model) for task, model in models.items()}
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Tiny tensors are slower on many threads, and test machines are shared."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
