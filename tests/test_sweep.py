@@ -308,8 +308,10 @@ def test_another_training_into_the_same_folder_is_said(folder: Path, monkeypatch
     )
     said: list[str] = []
     one = SPEC | {"grid": {"lr0": [0.1]}, "seeds": [0]}
+    train = {key: value for key, value in SPEC["train"].items() if key != "optimizer"}
     for spec, expected in (
         (one, 0),
+        (one | {"train": train, "grid": {"lr0": [0.1], "optimizer": ["SGD"]}}, 0),  # the same, a key moved
         (one | {"grid": {"lr0": [0.3]}, "jobs": 2}, 0),  # more of the same
         (one | {"train": SPEC["train"] | {"epochs": 7}}, 1),
     ):

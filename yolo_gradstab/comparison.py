@@ -25,7 +25,7 @@ from yolo_gradstab.diagnosis.layers import backbone
 from yolo_gradstab.guard import NO_QUALITY, Divergence, UnrestKind, find_divergences
 from yolo_gradstab.runs import RunError, RunFolder, counted, gave_up_on_nan, one_line
 from yolo_gradstab.stats import Estimate
-from yolo_gradstab.sweep import Spec, Trial, identity_of, plan, planned_config, read_trial, trial_at
+from yolo_gradstab.sweep import Spec, Trial, difference, plan, planned_config, read_trial
 from yolo_gradstab.telemetry import QUALITY, Run, lasting, read_run
 
 __all__ = [
@@ -1098,10 +1098,10 @@ def _read_sweep(path: Path, not_shown: list[NotShown]) -> tuple[list[Entry], set
         reason = "missing" if isinstance(error, OSError) else one_line(error)
         not_shown.append(NotShown(str(path / "sweep.yaml"), f"{reason}, so trials not started are not known"))
     else:
-        others = {folder: _difference(folder, spec) for folder in folders if folder.name not in planned}
-        for folder, difference in others.items():
-            if difference:
-                reason = f"of another training than the sweep's now ({difference}); an out= of its own keeps them apart"
+        others = {folder: difference(folder, spec) for folder in folders if folder.name not in planned}
+        for folder, differing in others.items():
+            if differing:
+                reason = f"of another training than the sweep's now ({differing}); an out= of its own keeps them apart"
                 not_shown.append(NotShown(str(folder), reason))
         folders = [folder for folder in folders if not others.get(folder)]
     names = {folder.name for folder in folders}
@@ -1111,26 +1111,6 @@ def _read_sweep(path: Path, not_shown: list[NotShown]) -> tuple[list[Entry], set
     folders.sort(key=lambda folder: place.get(folder.name, len(place)))
     cells = {(arm_label(planned_config(trial), trial.arm), trial.lr0) for trial in planned.values()}
     return _once(_read_all(folders, not_shown, planned), not_shown), cells
-
-
-def _difference(folder: Path, spec: Spec) -> str:
-    """In what a trial's training differs from what the sweep has now at its point and seed; empty if in nothing."""
-    try:
-        trial = read_trial(folder)
-        now = trial and trial_at(trial.point, trial.seed, spec, folder.parents[1])
-        if not trial or not now or now.id in {trial.id, identity_of(trial, folder)}:
-            return ""
-    except (RunError, ValueError, TypeError):  # a damaged one is named when it is read
-        return ""
-
-    def only(one: Trial, other: Trial) -> str:
-        place = ("project=", "name=")
-        return " ".join(
-            word for word in one.command[3:] if word not in other.command[3:] and not word.startswith(place)
-        )
-
-    was, has = only(trial, now), only(now, trial)
-    return f"{was or 'fewer arguments'}, now {has or 'fewer'}" if was or has else "the file of gradstab= was another"
 
 
 def _read_all(

@@ -46,7 +46,7 @@ __all__ = [
     "Trial",
     "TrialState",
     "check_files",
-    "identity_of",
+    "difference",
     "plan",
     "planned_config",
     "read_spec",
@@ -356,7 +356,7 @@ def trial_at(point: dict[str, Any], seed: int, spec: Spec, out: str | Path) -> T
     )
 
 
-def identity_of(trial: Trial, folder: Path) -> str:
+def _identity_of(trial: Trial, folder: Path) -> str:
     """The id of what a recorded trial trained, however that was written, and whatever it is called.
 
     Args:
@@ -408,7 +408,7 @@ def _elsewhere(trials: Path, ids: set[str]) -> dict[str, str]:
         # One that is damaged, or of another release, is none of these; a report names it.
         with suppress(RunError, ValueError, TypeError, yaml.YAMLError):
             trial = read_trial(folder)
-            identity = identity_of(trial, folder) if trial and len(trial.command) > 5 else ""
+            identity = _identity_of(trial, folder) if trial and len(trial.command) > 5 else ""
             if identity in ids and not (trials / identity).exists():
                 found.setdefault(identity, folder.name)
     return found
@@ -500,7 +500,8 @@ def run_sweep(
     _check_values(checked)
     folder = Path(out) if out is not None else Path("runs", "sweeps", checked.name)
     trials = plan(checked, folder)
-    if _holds_another(checked, folder):
+    planned = {trial.id for trial in trials}
+    if any(path.name not in planned and difference(path, checked) for path in (folder / "trials").glob("*/")):
         say(f"{folder}: trials of another training are there; its report will name them, and not show them")
     _check_folder(folder)
     make_out(folder, SweepError, part="trials")
@@ -519,13 +520,24 @@ def run_sweep(
     return folder
 
 
-def _holds_another(spec: Spec, folder: Path) -> bool:
-    """Whether the sweep that was run there trained otherwise."""
+def difference(folder: Path, spec: Spec) -> str:
+    """In what a trial's training differs from what the sweep has now at its point and seed; empty if in nothing."""
     try:
-        old = msgspec.yaml.decode((folder / "sweep.yaml").read_bytes(), type=Spec)
-    except (OSError, msgspec.MsgspecError):
-        return False
-    return (old.task, _dotted(old.train)) != (spec.task, _dotted(spec.train))
+        trial = read_trial(folder)
+        now = trial and trial_at(trial.point, trial.seed, spec, folder.parents[1])
+        if not trial or not now or now.id in {trial.id, _identity_of(trial, folder)}:
+            return ""
+    except (RunError, ValueError, TypeError):  # a damaged one is named when it is read
+        return ""
+
+    def only(one: Trial, other: Trial) -> str:
+        place = ("project=", "name=")
+        return " ".join(
+            word for word in one.command[3:] if word not in other.command[3:] and not word.startswith(place)
+        )
+
+    was, has = only(trial, now), only(now, trial)
+    return f"{was or 'fewer arguments'}, now {has or 'fewer'}" if was or has else "the file of gradstab= was another"
 
 
 def _check_folder(folder: Path) -> None:
