@@ -152,18 +152,19 @@ def _say_where(folder: Path) -> int:
     import polars as pl
 
     from yolo_gradstab.stats import clipped_share
-    from yolo_gradstab.telemetry import lasting, read_run
+    from yolo_gradstab.telemetry import read_run
 
     run = read_run(folder)
     steps = run.steps
     if len(steps):
         made = run.made
-        taken_back = len(steps) - len(lasting(steps, run.events))
+        skipped = steps["skipped"].sum()
+        taken_back = len(steps) - len(made) - skipped
         share = clipped_share(made["clip_coef"].fill_null(math.nan))
         median = steps.select(pl.col("total_norm").median()).item()
         print(
             f"{counted(len(steps), 'optimizer step')}: gradient norm {median:.4g} (median), "
-            f"{share or 0:.0%} of steps clipped, {steps['skipped'].sum()} not applied"
+            f"{share or 0:.0%} of steps clipped, {skipped} not applied"
             + (f", {taken_back} taken back" if taken_back else "")
         )
     print(f"Run: {folder}   records: {folder / 'gradstab'}   report: yolo-gradstab report {folder}")
