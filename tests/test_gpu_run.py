@@ -77,3 +77,27 @@ def test_throughput_is_of_as_many_trials_for_each_job(tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as refused:
         run(tmp_path, "stages=nonsense")
     assert refused.value.stderr.startswith("stages=nonsense is none of bench, detect, pose, throughput, ")
+
+
+def test_a_stage_without_its_data_is_left_out_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GRADSTAB_DATA", str(tmp_path / "nowhere"))
+    done = run(tmp_path, "stages=pose_coco,pose", "time_limit_s=0")
+    folder = tmp_path / "nowhere" / "coco_open"
+    assert f"pose_coco is left out: {folder} does not exist; set GRADSTAB_DATA to the folder that holds" in done.stdout
+    assert "pose is left out" not in done.stdout
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        run(tmp_path, "stages=pose_coco", "time_limit_s=0")
+    assert refused.value.stderr == "no stage is left\n"
+
+
+def test_a_drawn_set_is_drawn_once(tmp_path: Path) -> None:
+    data_of = runpy.run_path(str(ROOT / "configs/gpu/run.py"))["data_of"]
+    path = data_of("drawn_pose", tmp_path, 4)
+    before = {file: file.stat().st_mtime_ns for file in path.parent.rglob("*")}
+    assert data_of("drawn_pose", tmp_path, 4) == path
+    assert {file: file.stat().st_mtime_ns for file in path.parent.rglob("*")} == before
+    whole = path.read_text()
+    path.write_text(whole.splitlines()[0] + "\n")  # as a drawing that was cut off leaves it
+    assert data_of("drawn_pose", tmp_path, 4).read_text() == whole

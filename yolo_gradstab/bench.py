@@ -227,7 +227,8 @@ def _counts(ours: Callable[[], None], stock: Callable[[], None], device: torch.d
 def _counted_syncs() -> Iterator[list[Any]]:
     """Every wait for a CUDA device inside, as the warning that torch makes of it."""
     with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+        warnings.simplefilter("ignore")  # such as the one that this mode is a prototype
+        warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             yield caught

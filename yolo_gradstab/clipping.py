@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -241,7 +241,7 @@ class AdaptiveGradientClip(ClipPolicy):
         ):
             grad.mul_(part.view_as(norm))
         rest = torch.ones_like(measured.norms, dtype=torch.bool)
-        rest[device_index(tuple(chosen), rest.device)] = False
+        rest.index_fill_(0, device_index(tuple(chosen), rest.device), 0)  # an assignment uploads its value, and waits
         after = torch.cat([grad_norm * scale, torch.where(rest, measured.norms, 0.0).to(grad_norm.dtype)])
         return _clipped(torch.linalg.vector_norm(after), measured.total_norm)
 
@@ -542,7 +542,9 @@ def clip_update_(
     if not parameters:
         return UpdateRatios(*(torch.zeros(0) for _ in range(4)))
     moved = update_ratios(parameters, before)
-    bound = torch.as_tensor(max_ratio, dtype=moved.ratio.dtype, device=moved.ratio.device)
+    bound: Any = max_ratio
+    if not isinstance(bound, int | float):  # a number stays one: as a tensor it would be uploaded at every step
+        bound = torch.as_tensor(bound, dtype=moved.ratio.dtype, device=moved.ratio.device)
     scale = torch.where(moved.ratio > bound, bound / moved.ratio, 1.0)
     # lerp, since it is exact at both ends: at 1 it returns the new weight's own bits, and near 0 it starts from the
     # old weight, so that cutting a step a million times the weight does not cancel the weight away.

@@ -1,6 +1,6 @@
 """Run the sweeps of this folder inside a time limit and keep what is done: what `make gpu` starts.
 
-    python configs/gpu/run.py out=gpu-out time_limit_s=540 [wheels=DIR] [seeds=3] [jobs=4]
+    python configs/gpu/run.py out=gpu-out time_limit_s=540 [wheels=DIR] [seeds=3] [jobs=5]
                               [stages=detect,pose,...] [pose_images=768] [train.epochs=1 ...]
 
 Self-contained: it needs the project's files and, offline, a folder of wheels. Any further word goes to every sweep: a
@@ -40,7 +40,9 @@ SWEEPS: dict[str, tuple[str, ...]] = {
     "detect_fp16": ("bccd_detect", "train.amp=true"),
     "pose_policies": ("drawn_pose", POLICIES, NO_BOUND),
 }
-STAGES = ("bench", "detect", "pose", "throughput", *list(SWEEPS)[2:])
+HEADLINE = ("detect", "pose")
+STAGES = ("bench", *HEADLINE, "throughput", *list(SWEEPS)[2:])
+DATA = {"bccd_detect": "bccd.yaml", "coco_pose": "coco_open_pose.yaml"}  # of a spec, where it is not drawn
 TRIALS_PER_JOB = 2  # of `throughput`
 
 BENCH = """
@@ -52,13 +54,13 @@ json.dump(run_bench([sys.argv[1]]), open(sys.argv[2], "w"), indent=1)
 SWEEP = """
 import sys
 from yolo_gradstab.sweep import read_spec, run_sweep
-run_sweep(read_spec(sys.argv[1], sys.argv[3:]), sys.argv[2], say=lambda line: print(line, flush=True))
+run_sweep(read_spec(sys.argv[1], sys.argv[3:]), sys.argv[2], say=lambda line: print(line, flush=True), retry="failed")
 """
 
 
 def main() -> int:
     """Run, gather, say where."""
-    options = {"out": "gpu-out", "time_limit_s": "540", "wheels": "", "seeds": "3", "jobs": "4"}
+    options = {"out": "gpu-out", "time_limit_s": "540", "wheels": "", "seeds": "3", "jobs": "5"}
     options |= {"stages": ",".join(STAGES), "pose_images": "768"}
     given = dict(word.partition("=")[::2] for word in sys.argv[1:])
     passed = [f"{key}={value}" for key, value in given.items() if key not in options]
@@ -73,16 +75,26 @@ def main() -> int:
     if options["wheels"]:
         install(Path(options["wheels"]), out / "packages")
     sys.path[:0] = [str(ROOT), str(out / "packages")]
-    os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:2])
+    before = [path] if (path := os.environ.get("PYTHONPATH")) else []  # where the machine's packages may be
+    os.environ["PYTHONPATH"] = os.pathsep.join([*sys.path[:2], *before])
     os.environ.update(YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false")
     if "detect_fp16" in stages:
         stand_in(out / "settings")
-    for seed in range(int(options["seeds"])):
-        for stage in stages:
-            if time.monotonic() < deadline_s:
-                words = [f"seeds=[{seed}]", f"jobs={options['jobs']}", *passed]
-                run(stage, out, words, options, deadline_s=deadline_s)
-                gather(out, options, started_s)
+    missing = {stage: folder for stage in stages if (folder := missing_data(stage))}
+    for stage, folder in missing.items():
+        named = f"set GRADSTAB_DATA to the folder that holds {folder.name}"
+        print(f"{stage} is left out: {folder} does not exist; {named}")
+    stages = [stage for stage in stages if stage not in missing]
+    if not stages:
+        sys.exit("no stage is left")
+    # All seeds of what matters most, then the others; what says least of training last.
+    stages.sort(key=lambda stage: stage == "throughput")
+    groups = [[stage for stage in stages if (stage in HEADLINE) is first] for first in (True, False)]
+    for seed, stage in [(seed, stage) for group in groups for seed in range(int(options["seeds"])) for stage in group]:
+        if time.monotonic() < deadline_s:
+            words = [f"seeds=[{seed}]", f"jobs={options['jobs']}", *passed]
+            run(stage, out, words, options, deadline_s=deadline_s)
+            gather(out, options, started_s)
     print(f"Results: {out / 'trials.json'}, steps.parquet, layers.parquet, machine.json; bench.json, throughput.json")
     return 0
 
@@ -150,17 +162,30 @@ def data_of(name: str, out: Path, pose_images: int) -> Path:
     if name == "drawn_pose":
         from yolo_gradstab.coco.sample import draw_sample
 
-        return draw_sample(out / "data" / f"{name}_{pose_images}", task="pose", images=pose_images, size=192)
-    known = {"bccd_detect": "bccd.yaml", "coco_pose": "coco_open_pose.yaml"}[name]
-    lines = (ROOT / "datasets" / known).read_text(encoding="utf-8").splitlines()
-    (given,) = (line.partition(":")[2].strip() for line in lines if line.startswith("path:"))
-    folder = Path(os.environ.get("GRADSTAB_DATA", ROOT.parent / "shared" / "data")) / Path(given).name
-    if not folder.is_dir():
-        sys.exit(f"{folder} does not exist; set GRADSTAB_DATA to the folder that holds {folder.name}")
-    path = out / "data" / known
+        folder = out / "data" / f"{name}_{pose_images}"
+        done = folder / "data.yaml"
+        if done.is_file() and "train:" in done.read_text(encoding="utf-8"):  # which is written last
+            return done
+        return draw_sample(folder, task="pose", images=pose_images, size=192)
+    folder, lines = data_folder(DATA[name])
+    path = out / "data" / DATA[name]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(f"path: {folder.resolve()}" if line.startswith("path:") else line for line in lines))
     return path
+
+
+def missing_data(stage: str) -> Path | None:
+    """The folder that a stage needs and that is not there."""
+    name = SWEEPS[stage][0] if stage in SWEEPS else ""
+    folder = data_folder(DATA[name])[0] if name in DATA else None
+    return None if folder is None or folder.is_dir() else folder
+
+
+def data_folder(known: str) -> tuple[Path, list[str]]:
+    """Where the data of a YAML are on this machine, and its lines."""
+    lines = (ROOT / "datasets" / known).read_text(encoding="utf-8").splitlines()
+    (given,) = (line.partition(":")[2].strip() for line in lines if line.startswith("path:"))
+    return Path(os.environ.get("GRADSTAB_DATA", ROOT.parent / "shared" / "data")) / Path(given).name, lines
 
 
 def python(code: str, words: list[str], deadline_s: float) -> None:
@@ -170,7 +195,11 @@ def python(code: str, words: list[str], deadline_s: float) -> None:
         process.wait(max(1.0, deadline_s - time.monotonic()))
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGINT)
-        process.wait()
+        try:
+            process.wait(CLOSING_S * 0.8)
+        except subprocess.TimeoutExpired:  # such as the bench, whose threads go on to their end
+            process.kill()
+            process.wait()
 
 
 def gather(out: Path, options: dict[str, str], started_s: float) -> None:
