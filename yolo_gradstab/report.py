@@ -167,7 +167,7 @@ def _context(comparisons: list[Comparison], not_shown: list[NotShown]) -> dict[s
     return {
         "comparisons": comparisons,
         "not_shown": not_shown,
-        "num_runs": counted(len(runs), "run"),
+        "runs": counted(len(runs), "run"),
         "diverged": DIVERGED,
         "folded_runs": FOLDED_RUNS,
         "has_stock": any(
