@@ -78,9 +78,9 @@ bench-coco: .venv/ready
 # The learning-rate comparison at full size, for a machine with a GPU; see configs/gpu/README.md.
 # In .venv; or, with WHEELS=DIR and no network, in PYTHON's own environment with those wheels beside it.
 TIME_LIMIT_S ?= 540
-OUT ?= gpu-out
+GPU_OUT ?= gpu-out
 gpu: $(if $(WHEELS),,.venv/ready)
-	$(if $(WHEELS),$(PYTHON),$(BIN)/python) configs/gpu/run.py out=$(OUT) time_limit_s=$(TIME_LIMIT_S) $(if $(WHEELS),wheels=$(WHEELS))
+	$(if $(WHEELS),$(PYTHON),$(BIN)/python) configs/gpu/run.py out=$(GPU_OUT) time_limit_s=$(TIME_LIMIT_S) $(if $(WHEELS),wheels=$(WHEELS))
 
 clean:
 	rm -rf .venv .trackers .peers .matrix .audit .pytest_cache .mypy_cache .ruff_cache .hypothesis demo gpu-out runs

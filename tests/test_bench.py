@@ -1,8 +1,11 @@
 """`yolo_gradstab.bench`: it prints what the contract says, and the guard's figures are of what was timed."""
 
+import itertools
 import json
 import math
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -10,6 +13,7 @@ from conftest import MODELS
 from ultralytics import YOLO
 from ultralytics.nn.tasks import DetectionModel
 
+from yolo_gradstab import bench, cli
 from yolo_gradstab.bench import _figures, run_bench
 from yolo_gradstab.cli import main
 from yolo_gradstab.snapshot import Snapshot
@@ -82,6 +86,49 @@ def test_the_guards_ratio_is_that_of_what_it_adds(monkeypatch: pytest.MonkeyPatc
     off_ms = guard["median_ms"] - 2000 / 20
     assert guard["ratio"] == pytest.approx(guard["median_ms"] / off_ms, rel=0.05)
     assert guard["late_ratio"] == pytest.approx((off_ms + 2000 / 200) / off_ms, rel=0.05)
+
+
+def test_waits_of_a_step_are_the_mean_of_a_block_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs: one that waits three times in each batch, one that waits but in every fourth."""
+    waits: list[str] = []
+    monkeypatch.setattr(bench, "_counted_syncs", lambda: nullcontext(waits))
+
+    class Waiting:
+        def __init__(self, per_batch: Callable[[int], int]) -> None:
+            self.per_batch = per_batch
+            self.callbacks: dict[str, Callable[[Any], None]] = {}
+
+        def add_callback(self, event: str, callback: Callable[[Any], None]) -> None:
+            self.callbacks[event] = callback
+
+        def train(self) -> None:
+            for batch in itertools.count():
+                waits.append("between two batches, which is no part of a step")
+                self.callbacks["on_train_batch_start"](self)
+                waits.extend(["wait"] * self.per_batch(batch))
+                self.callbacks["on_train_batch_end"](self)
+
+    makers = {
+        "ours": lambda: Waiting(lambda batch: 100 if batch < bench.BLOCK_STEPS else int(batch % 4 == 0)),
+        "stock": lambda: Waiting(lambda _: 3),
+    }
+    assert bench._syncs_of_steps(makers) == {"ours": 0.25, "stock": 3}
+
+
+def test_on_a_gpu_the_table_shows_the_waits(capfd: pytest.CaptureFixture[str]) -> None:
+    figures = {"ratio": 1.0, "low": 0.9, "high": 1.1, "median_ms": 2.0}
+    cases = [{"case": "optimizer_step", "syncs": 0, "stock_syncs": 0}, {"case": "guard_off"}]
+    cases.append({"case": "train_step", "batch": 16, "optimizer": "SGD", "precision": "bf16", "syncs": 7.5})
+    cases[-1]["stock_syncs"] = 9
+    machine = {"device": "a GPU", "threads": 1}
+    cli._print_bench({"machine": machine, "cases": [{"model": "yolo26n.yaml", **case, **figures} for case in cases]})
+    _, heading, *rows = capfd.readouterr().out.splitlines()
+    assert heading.split()[-3:] == ["median_ms", "syncs", "stock_syncs"]
+    assert [row.split()[-3:] for row in rows] == [
+        ["2.000", "0", "0"],
+        ["0.900", "1.100", "2.000"],
+        ["2.000", "7.5", "9"],
+    ]
 
 
 @pytest.mark.parametrize(

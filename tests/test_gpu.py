@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DrawnSet
+from conftest import MODELS, DrawnSet
 
 from yolo_gradstab import clip_policy, clip_update_, read_run, trainer_for
+from yolo_gradstab.bench import _compare_runs
 from yolo_gradstab.config import CLIP_POLICIES
 from yolo_gradstab.norms import gradient_norms, gradients
 
@@ -48,6 +49,14 @@ def test_the_update_bound_does_not_wait_either() -> None:
         clip_update_(given, before, torch.tensor(0.1, device="cuda"))
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("amp", [True, "bf16", False])
+def test_a_training_step_does_not_wait_more_often_than_stocks(amp: bool | str) -> None:
+    model = str(MODELS / "yolo26-tiny.yaml")
+    figures = _compare_runs(model, "detect", batch=4, imgsz=64, optimizer="SGD", amp=amp, blocks=3)
+    for case in figures.values():
+        assert 0 < case["syncs"] <= case["stock_syncs"]
 
 
 @pytest.mark.parametrize("amp", [True, "bf16", False])

@@ -1,5 +1,6 @@
 """`configs/gpu/run.py`, what `make gpu` starts: the same command at toy size on the CPU."""
 
+import inspect
 import json
 import runpy
 import subprocess
@@ -11,10 +12,11 @@ import polars as pl
 import pytest
 from conftest import MODELS, ROOT
 
+from yolo_gradstab.bench import run_bench
 from yolo_gradstab.sweep import read_spec
 
 TOY = [
-    "stages=pose", "pose_images=12", "jobs=2", "seeds=2", f"train.model={MODELS / 'yolo26-tiny-pose.yaml'}",
+    "stages=pose", "pose_images=12", "jobs=2", "seeds=[0,1]", f"train.model={MODELS / 'yolo26-tiny-pose.yaml'}",
     "train.device=cpu", "train.amp=false", "train.epochs=1", "train.imgsz=32", "train.batch=4", "grid.lr0=[0.01]",
 ]  # fmt: skip
 
@@ -25,7 +27,7 @@ def run(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_what_is_done_is_kept_and_the_next_call_goes_on(tmp_path: Path) -> None:
-    done = run(tmp_path, "time_limit_s=300", "seeds=1")
+    done = run(tmp_path, "time_limit_s=300", "seeds=[0]")
     assert done.stdout.splitlines()[-1].startswith(f"Results: {tmp_path / 'trials.json'}")
     trials = json.loads((tmp_path / "trials.json").read_text())
     assert [(t["outcome"], t["seed"], t["steps"]) for t in trials] == [("completed", 0, 1)] * 2  # 8 images: one step
@@ -59,16 +61,68 @@ def test_every_stage_is_a_sweep_that_is_accepted() -> None:
 @pytest.mark.slow  # a minute
 def test_the_bench_is_of_the_model_that_is_given(tmp_path: Path) -> None:
     model = str(MODELS / "yolo26-tiny.yaml")
-    run(tmp_path, "stages=bench", f"train.model={model}", "seeds=1", "time_limit_s=500")
-    cases = json.loads((tmp_path / "bench.json").read_text())["cases"]
-    assert {case["model"] for case in cases} == {model}
-    assert {"clip_part", "train_step", "histograms"} < {case["case"] for case in cases}
+    run(tmp_path, "stages=bench", f"train.model={model}", "seeds=[0]", "time_limit_s=500")
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert {case["model"] for case in result["cases"]} == {model}
+    assert {"clip_part", "train_step", "histograms"} < {case["case"] for case in result["cases"]}
+    assert [(setting["precisions"], setting["blocks"]) for setting in result["settings"]] == [(["fp32"], 5)]
+    # what is there is not timed again
+    run(tmp_path, "stages=bench", f"train.model={model}", "time_limit_s=500")
+    assert json.loads((tmp_path / "bench.json").read_text()) == result
+
+
+def test_what_is_timed_is_what_the_bench_takes() -> None:
+    """In the first stage the first question: what a step costs in half precision."""
+    benches = runpy.run_path(str(ROOT / "configs/gpu/run.py"))["BENCHES"]
+    accepted = inspect.signature(run_bench).parameters
+    everything: dict[str, set[object]] = {"models": set(), "batches": {16}, "optimizers": set(), "precisions": {"fp32"}}
+    for setting in [setting for settings in benches.values() for setting in settings]:
+        assert setting.keys() <= accepted.keys()
+        for key, found in everything.items():
+            found.update(setting.get(key, ()))
+    assert everything == {
+        "models": {f"{name}.yaml" for name in ("yolo26n", "yolo26s", "yolo26m", "yolo26x", "yolo11n")},
+        "batches": {16, 64},
+        "optimizers": {"SGD", "AdamW", "MuSGD"},
+        "precisions": {"fp32", "bf16", "fp16"},
+    }
+    assert [setting["precisions"] for setting in benches["bench"]] == [["bf16", "fp16"]]
+
+
+def broken_model(folder: Path) -> Path:
+    path = folder / "broken-pose.yaml"
+    path.write_text("nc: 1\nkpt_shape: [17, 3]\nbackbone:\n  - [-1, 1, NoSuchLayer, []]\nhead: []\n")
+    return path
+
+
+def test_a_stage_that_breaks_is_said_and_the_others_go_on(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as broken:
+        run(tmp_path, "stages=bench,pose", f"train.model={broken_model(tmp_path)}", "seeds=[0]", "time_limit_s=300")
+    *_, results, last = broken.value.stdout.splitlines()
+    assert results.startswith("Results: ")
+    assert last == "Not to their end, for the reasons above: bench"
+    assert "ended with status 1: " in broken.value.stdout
+    outcomes = [trial["outcome"] for trial in json.loads((tmp_path / "trials.json").read_text())]
+    assert outcomes == ["failed", "failed"]
+
+
+def test_a_throughput_of_trials_that_failed_is_none(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as broken:
+        run(tmp_path, "stages=throughput", f"train.model={broken_model(tmp_path)}", "time_limit_s=300")
+    assert "throughput with jobs=1: 0 of 2 trials completed, so it is not counted" in broken.value.stdout
+    assert not (tmp_path / "throughput.json").exists()
+
+
+def test_seeds_are_a_list(tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        run(tmp_path, "seeds=3")
+    assert refused.value.stderr == "seeds=3 must be a list of whole numbers, such as [0,1,2]\n"
 
 
 @pytest.mark.slow  # six trials
 def test_throughput_is_of_as_many_trials_for_each_job(tmp_path: Path) -> None:
     """Twice `jobs` at most: 1 and 2 here. And a stage that is none is refused before anything is started."""
-    run(tmp_path, "stages=throughput", "jobs=1", "seeds=1", "time_limit_s=300")
+    run(tmp_path, "stages=throughput", "jobs=1", "seeds=[0]", "time_limit_s=300")
     rows = json.loads((tmp_path / "throughput.json").read_text())
     assert [(row["jobs"], row["trials"]) for row in rows] == [(1, 2), (2, 4)]
     for row in rows:

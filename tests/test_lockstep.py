@@ -61,6 +61,15 @@ def test_every_step_is_timed_from_its_own_beginning(monkeypatch: pytest.MonkeyPa
     assert spent_s == {name: [1.0, 1.0, 1.0] for name in "abc"}
 
 
+def test_what_is_read_may_be_no_clock() -> None:
+    """Here how often a trainer has been at work: once for loading, which is outside, and once in the batch."""
+    diary: list[str] = []
+    counts = run_in_turns(
+        {name: lambda name=name: Trainer(name, diary) for name in "ab"}, steps=2, read=lambda: len(diary)
+    )
+    assert counts == {"a": [1, 1], "b": [1, 1]}
+
+
 def test_a_run_that_breaks_ends_all_and_says_so() -> None:
     with pytest.raises(ValueError, match="broken"):
         run_in_turns({"a": lambda: Trainer("a", []), "b": lambda: Trainer("b", [], fails=True)}, steps=3)

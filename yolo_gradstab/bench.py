@@ -25,8 +25,9 @@ twentieth, as after the first steps of a run; off means none of them.
 training runs in one process, ours and one of stock, which take turns step by step. Their sums over twenty steps are
 compared, so that what is done at every tenth or twentieth step counts.
 
-On a GPU each part of a step also has `syncs` and `stock_syncs`, how often the host waited for the device, `kernels` and
-`stock_kernels`, and `extra_mib`, the most memory that ours had beyond stock's.
+On a GPU every case but the guard's also has `syncs` and `stock_syncs`, how often the host waited for the device (in
+whole steps the mean of twenty), and each part of a step `kernels` and `stock_kernels`, and `extra_mib`, the most memory
+that ours had beyond stock's.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from itertools import product
@@ -252,6 +253,7 @@ def _compare_runs(
         arguments |= {"val": False, "save": False, "epochs": 10**4, "close_mosaic": 0, "project": folder}
         makers = {name: partial(trainer, overrides={**arguments, "name": name}) for name, trainer in trainers.items()}
         spent_s = run_in_turns(makers, steps=(blocks + 1) * BLOCK_STEPS)
+        syncs = _syncs_of_steps(makers) if torch.cuda.is_available() else {}
     sums = {
         name: [sum(times[at : at + BLOCK_STEPS]) for at in range(BLOCK_STEPS, len(times), BLOCK_STEPS)]
         for name, times in spent_s.items()
@@ -262,8 +264,16 @@ def _compare_runs(
             [ours / theirs for ours, theirs in zip(totals, stock, strict=True)],
             [1e3 * total / BLOCK_STEPS for total in totals],
         )
+        | ({"syncs": syncs[case], "stock_syncs": syncs["stock"]} if syncs else {})
         for case, totals in sums.items()
     }
+
+
+def _syncs_of_steps(makers: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """By run, how often the host waits for the device in a training step: the mean of a block after the first."""
+    with _counted_syncs() as caught:
+        counts = run_in_turns(makers, steps=2 * BLOCK_STEPS, read=lambda: len(caught))
+    return {name: statistics.mean(per_step[BLOCK_STEPS:]) for name, per_step in counts.items()}
 
 
 def _compare(ours: Callable[[], None], stock: Callable[[], None], rounds: int) -> dict[str, float]:

@@ -662,11 +662,13 @@ def _print_bench(result: dict[str, Any]) -> None:
     machine = result["machine"]
     print(f"{machine['device']}, {machine['threads']} threads; the same part of a stock step = 1")
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    for name in ("model", "case", "ratio", "low", "high", "median_ms"):
+    counts = ("syncs", "stock_syncs") if any("syncs" in case for case in result["cases"]) else ()  # on a GPU
+    for name in ("model", "case", "ratio", "low", "high", "median_ms", *counts):
         table.add_column(name, justify="left" if name in {"model", "case"} else "right")
     for case in result["cases"]:
         setting = [str(case[key]) for key in ("batch", "optimizer", "precision") if "batch" in case]
-        figures = (f"{case[name]:.3f}" for name in ("ratio", "low", "high", "median_ms"))
+        figures = [f"{case[name]:.3f}" for name in ("ratio", "low", "high", "median_ms")]
+        figures += [f"{case[name]:g}" if name in case else "" for name in counts]
         table.add_row(Path(case["model"]).stem, " ".join([case["case"], *setting]), *figures)
     Console(highlight=False).print(table)
     for case in result["cases"]:

@@ -53,34 +53,37 @@ class _Turns:
             self._changed.notify_all()
 
 
-def run_in_turns(make_trainers: Mapping[str, Callable[[], Any]], *, steps: int) -> dict[str, list[float]]:
+def run_in_turns(
+    make_trainers: Mapping[str, Callable[[], Any]], *, steps: int, read: Callable[[], float] | None = None
+) -> dict[str, list[float]]:
     """Train with each trainer, in turn, and give the seconds of each of the first `steps` batches of each.
 
     Args:
         make_trainers: By name, what makes a trainer of the host's, or of ours; each is made and run in a thread of its
             own, one after the other. Their runs must be longer than `steps` batches; they are ended there.
         steps: Batches of each.
+        read: What is read at a batch's beginning and end, in place of a clock; the differences are given.
 
     Raises:
         RuntimeError: A run ended, or broke, before that.
     """
-    turns = _Turns(list(make_trainers))
-    spent_s: dict[str, list[float]] = {name: [] for name in make_trainers}
+    turns, read = _Turns(list(make_trainers)), read or _now
+    spent: dict[str, list[float]] = {name: [] for name in make_trainers}
 
     def run(name: str, make: Callable[[], Any]) -> None:
-        trainer, began_s, is_first = None, 0.0, True
+        trainer, began, is_first = None, 0.0, True
 
         def begin(_: Any) -> None:
-            nonlocal began_s, is_first
+            nonlocal began, is_first
             if not is_first:
                 turns.end()
                 turns.wait(name)
             is_first = False
-            began_s = _now()
+            began = read()
 
         def end(_: Any) -> None:
-            spent_s[name].append(_now() - began_s)
-            if len(spent_s[name]) == steps:
+            spent[name].append(read() - began)
+            if len(spent[name]) == steps:
                 raise _Over
 
         turns.wait(name)
@@ -89,7 +92,7 @@ def run_in_turns(make_trainers: Mapping[str, Callable[[], Any]], *, steps: int) 
             trainer.add_callback("on_train_batch_start", begin)
             trainer.add_callback("on_train_batch_end", end)
             trainer.train()
-            raise RuntimeError(f"the run {name!r} ended after {len(spent_s[name])} of {steps} batches")
+            raise RuntimeError(f"the run {name!r} ended after {len(spent[name])} of {steps} batches")
         except _Over:
             turns.end()
         except BaseException:
@@ -100,7 +103,7 @@ def run_in_turns(make_trainers: Mapping[str, Callable[[], Any]], *, steps: int) 
         runs = [pool.submit(run, name, make) for name, make in make_trainers.items()]
     for over in runs:
         over.result()
-    return spent_s
+    return spent
 
 
 @contextmanager

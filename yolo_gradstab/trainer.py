@@ -306,7 +306,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     """Sight and clipping for any Ultralytics trainer; `trainer_for` puts it in front of the task's own class."""
 
     gradstab_config: ClassVar[Config] = Config()
-    loss: Any  # the host's: of the last micro-batch, and the rates as loggers are shown them
+    loss: Any  # the host's: of the last micro-batch, the epoch's mean losses, and the rates as loggers are shown them
+    tloss: Any
     lr: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -323,7 +324,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         self._unsound: list[dict[str, Any]] = []  # micro-batches of this step whose images or labels cannot be right
         self._of_floats: list[dict[str, Any]] = []  # those whose images did not come as bytes
         self._input_kept = False
-        self._bounds: list[float] = []  # of the parameter groups, as last uploaded
+        self._bounds: list[float] = []  # of the parameter groups, as last used
         self._batch_in_epoch = 0
         self._batch_images = 0
         self._stepped = False  # whether the current micro-batch ended in an optimizer step
@@ -588,7 +589,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             is_detector=is_detector(self._accumulated.items),
         )
         self._judge(found)
-        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 1.0
+        scale = self.scaler.scale(torch.ones_like(measured.total_norm))  # `get_scale` would wait for the device
         self._keep_incident(measured, having, total_norm=total_norm, loss=loss)
         # A step that shows the run to be lost is not made either: its weights will be taken back.
         applied = not skipped and self._lost is None
@@ -608,8 +609,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         if self._lost is not None:
             self._go_back(self._lost)
             self._lost = None
-        known = {"skipped": not applied or overflowed, "scale": scale, "lr": lr}
-        self._record(measured, having, clipped, moved, known=known)
+        self._record(measured, having, clipped, moved, scale, known={"skipped": not applied or overflowed, "lr": lr})
         if applied:
             self._keep_state()
 
@@ -643,6 +643,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
     def _read(self, total_norm: Tensor) -> tuple[float, float]:
         """Gradient norm and loss per image on the host, in the one read of a step, and the look at the model before it.
 
+        With them comes what the host's progress bar shows: it would read each number by itself, and wait each time.
+
         The norm decides whether the optimizer is called, the others whether the run has diverged. Gradients are reduced
         by now; losses and BatchNorm's variances are not, and ranks that judged apart would hang.
         """
@@ -663,9 +665,15 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         done = self._accumulated
         means = torch.stack([loss.to(total_norm.dtype) / done.terms, matched.to(total_norm) / done.images])
         values = torch.cat([total_norm[None], means, pixels.to(total_norm)[None]])
+        shown = {name: value.reshape(()) for name, value in (self.tloss or {}).items()}
+        values = torch.cat([values, *(value[None].to(values) for value in shown.values())])
         if look is not None:
             values = torch.cat([values, look.to(values)])
-        norm, mean_loss, known_matched, largest, *looked = values.tolist()
+        norm, mean_loss, known_matched, largest, *others = values.tolist()
+        if shown:
+            read = zip(shown.items(), others, strict=False)
+            self.tloss = {name: torch.tensor(number, dtype=value.dtype) for (name, value), number in read}
+        looked = others[len(shown) :]
         self._look, self._matched_loss = None, None if known_matched < 0 else known_matched
         if not largest <= HUGE_PIXEL:
             self._unsound += [batch for batch in scanned if not batch["img"].abs().amax() <= HUGE_PIXEL]
@@ -954,10 +962,13 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         groups = self.optimizer.param_groups
         # lr0=0 is allowed by the host; such a group moves only in a bias warm-up, which is then held as well.
         bounds = [max_ratio * min(1.0, group["lr"] / (group["initial_lr"] or math.inf)) for group in groups]
-        if bounds != self._bounds:  # in warm-up at every step, then once per epoch: an upload stalls an accelerator
+        if bounds != self._bounds:  # in warm-up at every step, then once per epoch
             self._bounds = bounds
-            per_tensor = [bounds[group] for group in self._group_of_trained]
-            self._max_ratio_of_trained = torch.tensor(per_tensor, device=self._trained[0].device)
+            # Numbers go along with a kernel; a tensor of them would be uploaded, which stalls an accelerator.
+            filled = torch.empty(len(self._trained), device=self._trained[0].device)
+            for bound, members in zip(bounds, self._members_of_groups, strict=True):
+                filled.index_fill_(0, device_index(members, filled.device), bound)
+            self._max_ratio_of_trained = filled
         return self._max_ratio_of_trained
 
     # Records ---------------------------------------------------------------------------------------------------------
@@ -993,6 +1004,7 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         having: list[int],
         clipped: Clipped,
         moved: UpdateRatios | None,
+        scale: Tensor,
         *,
         known: dict[str, Any],
     ) -> None:
@@ -1009,7 +1021,8 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             return
         values: dict[str, Any] = {"loss": done.loss / done.terms}
         values |= {f"item/{name}": value / done.images for name, value in done.items.items()}
-        values |= {"total_norm": measured.total_norm, **clipped._asdict(), "nonfinite": measured.nonfinite().sum()}
+        values |= {"total_norm": measured.total_norm, **clipped._asdict(), "scale": scale}
+        values["nonfinite"] = measured.nonfinite().sum()
         if moved is not None:
             values["update_ratio_max"] = moved.ratio.max()
             if self._config.update_clip is not None:
@@ -1054,10 +1067,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         variance = torch._foreach_norm(self._variances, math.inf) if self._variances else [weights.new_zeros(())]
         ratio = unbounded = weights.new_full((), -1.0)
         if moved is not None:
-            ratio = ratios[weights > 0].median()
+            ratio = _median_where(weights > 0, ratios)
             if self._config.update_clip is not None and self._is_unclipped:
                 updates = self._layers.norms(self._spread(moved.update_norm, self._trained_index))
-                unbounded = (updates[weights > 0] / weights[weights > 0]).median()
+                unbounded = _median_where(weights > 0, updates / weights)
         first = torch.stack([ratio, unbounded, torch.stack(tuple(variance)).max().to(ratio)])
         zero_steps = [] if self._zero_steps is None else [self._zero_steps.to(ratio)]
         return torch.cat([first, weights, *zero_steps])
@@ -1110,7 +1123,10 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
         group_of = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         self._trained_index = [i for i, p in enumerate(self._parameters) if p.requires_grad and id(p) in group_of]
         trained = [self._parameters[i] for i in self._trained_index]
-        self._group_of_trained = [group_of[id(p)] for p in trained]
+        of_trained = [group_of[id(p)] for p in trained]
+        self._members_of_groups = [
+            tuple(i for i, own in enumerate(of_trained) if own == group) for group in range(len(groups))
+        ]
         sizes = [sum(p.numel() for p in group["params"]) for group in groups]
         self._main_group = sizes.index(max(sizes))
         self._layers = Layers.stages(self._names)
@@ -1512,6 +1528,15 @@ def _fitting(wanted: Mitigations, before: Mitigations) -> Mitigations:
 def _in_words(modules: list[str]) -> str:
     shown = ", ".join(modules[:3]) + (", ..." if modules[3:] else "")
     return f"{len(modules)} changed ({shown})" if modules else "nothing to change, the model is so already"
+
+
+def _median_where(chosen: Tensor, values: Tensor) -> Tensor:
+    """``values[chosen].median()`` of vectors, but at least one must be chosen; indexing so would wait for the count."""
+    ordered = (
+        values.masked_fill(~chosen, math.inf).sort().values
+    )  # what is chosen first, but for any NaN, which is last
+    median = ordered.gather(0, ((chosen.sum() - 1) // 2)[None]).squeeze(0)
+    return torch.where((values.isnan() & chosen).any(), torch.nan, median)
 
 
 def _without_teacher(named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
