@@ -662,14 +662,11 @@ def _print_bench(result: dict[str, Any]) -> None:
     machine = result["machine"]
     print(f"{machine['device']}, {machine['threads']} threads; the same part of a stock step = 1")
     table = Table(box=None, header_style="bold", padding=(0, 2, 0, 0))
-    counts = ("syncs", "stock_syncs") if any("syncs" in case for case in result["cases"]) else ()  # on a GPU
-    for name in ("model", "case", "ratio", "low", "high", "median_ms", *counts):
+    for name in ("model", "case", "ratio", "low", "high", "median_ms"):
         table.add_column(name, justify="left" if name in {"model", "case"} else "right")
     for case in result["cases"]:
-        setting = [str(case[key]) for key in ("batch", "optimizer", "precision") if "batch" in case]
-        figures = [f"{case[name]:.3f}" for name in ("ratio", "low", "high", "median_ms")]
-        figures += [f"{case[name]:g}" if name in case else "" for name in counts]
-        table.add_row(Path(case["model"]).stem, " ".join([case["case"], *setting]), *figures)
+        figures = (f"{case[name]:.3f}" for name in ("ratio", "low", "high", "median_ms"))
+        table.add_row(Path(case["model"]).stem, _case_words(case), *figures)
     Console(highlight=False).print(table)
     for case in result["cases"]:
         if case["case"] == "clip_part":
@@ -685,6 +682,13 @@ def _print_bench(result: dict[str, Any]) -> None:
                 f"{case['snapshot_ms']:.1f} ms; the ratio is {case['ratio']:.4f} with one in 20 steps, early on, "
                 f"{case['late_ratio']:.4f} with one in 200"
             )
+        if "syncs" in case:  # on a GPU
+            print(f"{_case_words(case)}: waits for the GPU {case['syncs']:g} times, stock {case['stock_syncs']:g}")
+
+
+def _case_words(case: dict[str, Any]) -> str:
+    """What a case is, with its setting where it is a whole step."""
+    return " ".join([case["case"], *(str(case[key]) for key in ("batch", "optimizer", "precision") if "batch" in case)])
 
 
 def _say(line: str) -> None:
