@@ -17,6 +17,7 @@ from yolo_gradstab import bench, cli
 from yolo_gradstab.bench import _figures, run_bench
 from yolo_gradstab.cli import main
 from yolo_gradstab.snapshot import Snapshot
+from yolo_gradstab.trainer import GradstabMixin
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -61,6 +62,8 @@ def test_every_case_has_its_figures_and_nothing_else_is_printed(capfd: pytest.Ca
     for case in rows:
         assert 0 < case["low"] <= case["ratio"] <= case["high"]
         assert case["median_ms"] > 0
+        if case["case"] == "train_step":
+            assert case["added_low_ms"] <= case["added_ms"] <= case["added_high_ms"]
     # Weights and buffers of the model and its EMA, and SGD's momentum. The drawn set has three classes.
     model = DetectionModel(TINY, nc=3, verbose=False)
     state, momentum = (sum(t.nbytes for t in tensors) for tensors in (model.state_dict().values(), model.parameters()))
@@ -86,6 +89,28 @@ def test_the_guards_ratio_is_that_of_what_it_adds(monkeypatch: pytest.MonkeyPatc
     off_ms = guard["median_ms"] - 2000 / 20
     assert guard["ratio"] == pytest.approx(guard["median_ms"] / off_ms, rel=0.05)
     assert guard["late_ratio"] == pytest.approx((off_ms + 2000 / 200) / off_ms, rel=0.05)
+
+
+@pytest.mark.slow
+def test_what_a_step_adds_is_what_lies_outside_of_the_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """50 ms more in our optimizer step, and 500 ms in everybody's forward pass."""
+
+    def slower(cls: type, name: str, more_s: float) -> None:
+        plain = getattr(cls, name)
+
+        def slow(*args: Any, **kwargs: Any) -> Any:
+            time.sleep(more_s)
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(cls, name, slow)
+
+    monkeypatch.setattr(bench, "BLOCK_STEPS", 2)
+    slower(GradstabMixin, "optimizer_step", 0.05)
+    slower(DetectionModel, "loss", 0.5)
+    setting = {"batch": 2, "imgsz": 32, "optimizer": "SGD", "amp": False, "blocks": 3}
+    rows = bench._compare_runs(TINY, "detect", **setting)
+    assert rows["train_step"]["median_ms"] > 550
+    assert rows["train_step"]["added_ms"] == pytest.approx(50, abs=15)
 
 
 def test_waits_of_a_step_are_the_mean_of_a_block_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,5 +153,7 @@ def test_a_drawn_set_is_drawn_once(tmp_path: Path) -> None:
     assert data_of("drawn_pose", tmp_path, 4) == path
     assert {file: file.stat().st_mtime_ns for file in path.parent.rglob("*")} == before
     whole = path.read_text()
-    path.write_text(whole.splitlines()[0] + "\n")  # as a drawing that was cut off leaves it
+    part = path.parent.rename(path.parent.with_suffix(".part"))  # as a drawing that was cut off leaves it
+    (part / "data.yaml").write_text(whole.splitlines()[0] + "\n")
     assert data_of("drawn_pose", tmp_path, 4).read_text() == whole
+    assert not part.exists()

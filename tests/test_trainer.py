@@ -43,12 +43,13 @@ STOCK = {"detect": DetectionTrainer, "pose": PoseTrainer}
 
 
 def assert_same_training(a: Any, b: Any) -> None:
-    """Weights, EMA with its counter, and the optimizer's state, bit for bit."""
+    """Weights, EMA with its counter, the optimizer's state and the epoch's losses as they are shown, bit for bit."""
     for mine, other in ((a.model, b.model), (a.ema.ema, b.ema.ema)):
         state, expected = mine.state_dict(), other.state_dict()
         assert state.keys() == expected.keys()
         assert [k for k in state if not torch.equal(state[k], expected[k])] == []
     assert a.ema.updates == b.ema.updates
+    assert {name: float(v) for name, v in a.tloss.items()} == {name: float(v) for name, v in b.tloss.items()}
     state, expected = a.optimizer.state_dict(), b.optimizer.state_dict()
     assert state["param_groups"] == expected["param_groups"]
     assert state["state"].keys() == expected["state"].keys()

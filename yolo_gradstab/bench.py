@@ -23,7 +23,9 @@ twentieth, as after the first steps of a run; off means none of them.
 
 `train_step` is from the beginning of a batch to its end in the host's own loop, without loading the data: whole
 training runs in one process, ours and one of stock, which take turns step by step. Their sums over twenty steps are
-compared, so that what is done at every tenth or twentieth step counts.
+compared, so that what is done at every tenth or twentieth step counts. A step's forward and backward pass are the same
+code in both, and most of the noise; on a CPU `added_ms`, with its interval, is the difference of what lies outside of
+them: the host's `preprocess_batch` and `optimizer_step`.
 
 On a GPU every case but the guard's also has `syncs` and `stock_syncs`, how often the host waited for the device (in
 whole steps the mean of twenty), and each part of a step `kernels` and `stock_kernels`, and `extra_mib`, the most memory
@@ -251,29 +253,54 @@ def _compare_runs(
         arguments = {"model": model, "data": str(label_sample(drawn, task=task)), "imgsz": imgsz, "amp": amp}
         arguments |= {"batch": batch, "nbs": batch, "optimizer": optimizer, "lr0": 1e-4, "workers": 0, "plots": False}
         arguments |= {"val": False, "save": False, "epochs": 10**4, "close_mosaic": 0, "project": folder}
+        outside_s: dict[str, list[float]] = {name: [] for name in trainers}
+        trainers = {name: _timed_outside(trainer, outside_s[name]) for name, trainer in trainers.items()}
         makers = {name: partial(trainer, overrides={**arguments, "name": name}) for name, trainer in trainers.items()}
         spent_s = run_in_turns(makers, steps=(blocks + 1) * BLOCK_STEPS)
         syncs = _syncs_of_steps(makers) if torch.cuda.is_available() else {}
-    sums = {
-        name: [sum(times[at : at + BLOCK_STEPS]) for at in range(BLOCK_STEPS, len(times), BLOCK_STEPS)]
-        for name, times in spent_s.items()
-    }
-    stock = sums.pop("stock")
-    return {
-        case: _figures(
-            [ours / theirs for ours, theirs in zip(totals, stock, strict=True)],
-            [1e3 * total / BLOCK_STEPS for total in totals],
-        )
-        | ({"syncs": syncs[case], "stock_syncs": syncs["stock"]} if syncs else {})
-        for case, totals in sums.items()
-    }
+    whole, outside = ({name: _by_block(times) for name, times in part.items()} for part in (spent_s, outside_s))
+    rows = {}
+    for case in configs:
+        pairs = zip(whole[case], whole["stock"], strict=True)
+        rows[case] = _figures([ours / stock for ours, stock in pairs], [1e3 * ours for ours in whole[case]])
+        if syncs:
+            rows[case] |= {"syncs": syncs[case], "stock_syncs": syncs["stock"]}
+        else:
+            pairs = zip(outside[case], outside["stock"], strict=True)
+            added = _figures([1e3 * (ours - stock) for ours, stock in pairs], [0.0])
+            rows[case] |= {"added_ms": added["ratio"], "added_low_ms": added["low"], "added_high_ms": added["high"]}
+    return rows
+
+
+def _by_block(times: list[float]) -> list[float]:
+    """Mean of each block after the first."""
+    starts = range(BLOCK_STEPS, len(times), BLOCK_STEPS)
+    return [statistics.mean(times[start : start + BLOCK_STEPS]) for start in starts]
+
+
+def _timed_outside(trainer: type, outside_s: list[float]) -> type:
+    """This trainer, which adds the seconds of each step outside of its forward and backward pass to a list."""
+
+    class Timed(trainer):  # type: ignore[misc]
+        def preprocess_batch(self, batch: dict[str, Any]) -> Any:
+            began_s = time.perf_counter()
+            batch = super().preprocess_batch(batch)
+            self._preprocess_s = time.perf_counter() - began_s
+            return batch
+
+        def optimizer_step(self) -> None:
+            began_s = time.perf_counter()
+            super().optimizer_step()
+            outside_s.append(self._preprocess_s + time.perf_counter() - began_s)
+
+    return Timed
 
 
 def _syncs_of_steps(makers: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
     """By run, how often the host waits for the device in a training step: the mean of a block after the first."""
     with _counted_syncs() as caught:
         counts = run_in_turns(makers, steps=2 * BLOCK_STEPS, read=lambda: len(caught))
-    return {name: statistics.mean(per_step[BLOCK_STEPS:]) for name, per_step in counts.items()}
+    return {name: _by_block(per_step)[0] for name, per_step in counts.items()}
 
 
 def _compare(ours: Callable[[], None], stock: Callable[[], None], rounds: int) -> dict[str, float]:

@@ -682,6 +682,9 @@ def _print_bench(result: dict[str, Any]) -> None:
                 f"{case['snapshot_ms']:.1f} ms; the ratio is {case['ratio']:.4f} with one in 20 steps, early on, "
                 f"{case['late_ratio']:.4f} with one in 200"
             )
+        if "added_ms" in case:
+            span = f"{case['added_low_ms']:.1f} to {case['added_high_ms']:.1f}"
+            print(f"{_case_words(case)}: adds {case['added_ms']:.1f} ms ({span}) outside of forward and backward pass")
         if "syncs" in case:  # on a GPU
             print(f"{_case_words(case)}: waits for the GPU {case['syncs']:g} times, stock {case['stock_syncs']:g}")
 

@@ -206,10 +206,11 @@ def data_of(name: str, out: Path, pose_images: int) -> Path:
         from yolo_gradstab.coco.sample import draw_sample
 
         folder = out / "data" / f"{name}_{pose_images}"
-        done = folder / "data.yaml"
-        if done.is_file() and "train:" in done.read_text(encoding="utf-8"):  # which is written last
-            return done
-        return draw_sample(folder, task="pose", images=pose_images, size=192)
+        if not folder.is_dir():  # a part of it would pass for the whole
+            part = folder.with_suffix(".part")
+            draw_sample(part, task="pose", images=pose_images, size=192)
+            part.rename(folder)
+        return folder / "data.yaml"
     folder, lines = data_folder(DATA[name])
     path = out / "data" / DATA[name]
     path.parent.mkdir(parents=True, exist_ok=True)
