@@ -483,7 +483,7 @@ def test_a_divergence_is_noticed_where_nothing_stops_it(drawn: dict[str, DrawnSe
     """As in stock, the run goes to its end: finite, quiet, and at mAP 0."""
     train(
         trainer_for("detect", {"guard.divergence": "off"}),
-        drawn["detect"].arguments(tmp_path, name="run", model=str(TINY["detect"]), **LOST),
+        drawn["detect"].arguments(tmp_path, name="run", model=str(TINY["detect"]), save=False, **LOST),
     )
     run = read_run(tmp_path / "run")
     assert (run.status.outcome, run.status.divergence) == ("diverged", "collapse")
