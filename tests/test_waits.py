@@ -211,3 +211,4 @@ def test_the_median_of_those_that_are_chosen(length: int) -> None:
         assert _median_where(chosen, values) == values[chosen].median()
         values[-1] = torch.nan
         assert torch.equal(_median_where(chosen, values).isnan(), values[chosen].median().isnan())
+    assert _median_where(torch.zeros(length, dtype=torch.bool), values).isnan()  # as of weights that are all NaN

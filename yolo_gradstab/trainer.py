@@ -1531,12 +1531,12 @@ def _in_words(modules: list[str]) -> str:
 
 
 def _median_where(chosen: Tensor, values: Tensor) -> Tensor:
-    """``values[chosen].median()`` of vectors, but at least one must be chosen; indexing so would wait for the count."""
+    """``values[chosen].median()`` of two vectors, without waiting to learn how many are chosen; NaN where none is."""
     ordered = (
         values.masked_fill(~chosen, math.inf).sort().values
     )  # what is chosen first, but for any NaN, which is last
-    median = ordered.gather(0, ((chosen.sum() - 1) // 2)[None]).squeeze(0)
-    return torch.where((values.isnan() & chosen).any(), torch.nan, median)
+    median = ordered.gather(0, ((chosen.sum() - 1) // 2).clamp_min(0)[None]).squeeze(0)
+    return torch.where((values.isnan() & chosen).any() | ~chosen.any(), torch.nan, median)
 
 
 def _without_teacher(named: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
