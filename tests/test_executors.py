@@ -407,6 +407,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Any:
     made.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Ray's own are not ours to fail on
 def test_a_ray_node_that_dies_half_way_costs_no_trial(tmp_path: Path, cluster: Any) -> None:
     outcomes = ["completed", "diverged", "crash", "completed", "completed", "completed"]

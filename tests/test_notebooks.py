@@ -66,7 +66,7 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith("04")) for name in CLAIMS]
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * name.startswith(("02", "04"))) for name in CLAIMS]
 )
 def test_a_notebook_runs_and_what_it_claims_holds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRADSTAB_NOTEBOOK", "small")

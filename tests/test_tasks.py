@@ -232,7 +232,7 @@ def test_the_loss_is_that_of_an_image_or_the_batchs_mean(tasks: Tasks, tmp_path:
     assert len(losses) == 3
 
 
-@pytest.mark.parametrize("kind", kinds("segment"))
+@pytest.mark.parametrize("kind", kinds("classify"))
 def test_resume_equals_the_uninterrupted_run(tasks: Tasks, tmp_path: Path, kind: str) -> None:
     whole, _ = tasks.runs(kind)
     stock = tasks.trainer(kind)
