@@ -54,7 +54,7 @@ BENCHES: dict[str, list[dict[str, Any]]] = {
         {"models": ["yolo26n.yaml"], "blocks": 5},  # fp32
     ],
 }
-STAGES = ("bench", *HEADLINE, "bench_more", "throughput", *list(SWEEPS)[2:])
+STAGES = ("bench", *HEADLINE, "throughput", *list(SWEEPS)[2:], "bench_more")
 DATA = {"bccd_detect": "bccd.yaml", "coco_pose": "coco_open_pose.yaml"}  # of a spec, where it is not drawn
 TRIALS_PER_JOB = 2  # of `throughput`
 
