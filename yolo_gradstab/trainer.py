@@ -664,16 +664,15 @@ class GradstabMixin(BaseTrainer):  # type: ignore[misc]  # the host is not typed
             matched = torch.full_like(loss, -1.0)
         done = self._accumulated
         means = torch.stack([loss.to(total_norm.dtype) / done.terms, matched.to(total_norm) / done.images])
-        values = torch.cat([total_norm[None], means, pixels.to(total_norm)[None]])
-        shown = {name: value.reshape(()) for name, value in (self.tloss or {}).items()}
-        values = torch.cat([values, *(value[None].to(values) for value in shown.values())])
+        shown = self.tloss or {}
+        values = torch.cat([total_norm[None], means, *(v.reshape(1).to(total_norm) for v in (pixels, *shown.values()))])
         if look is not None:
             values = torch.cat([values, look.to(values)])
         norm, mean_loss, known_matched, largest, *others = values.tolist()
+        read, looked = others[: len(shown)], others[len(shown) :]
         if shown:
-            read = zip(shown.items(), others, strict=False)
-            self.tloss = {name: torch.tensor(number, dtype=value.dtype) for (name, value), number in read}
-        looked = others[len(shown) :]
+            of_each = zip(shown.items(), read, strict=True)
+            self.tloss = {name: torch.tensor(number, dtype=value.dtype) for (name, value), number in of_each}
         self._look, self._matched_loss = None, None if known_matched < 0 else known_matched
         if not largest <= HUGE_PIXEL:
             self._unsound += [batch for batch in scanned if not batch["img"].abs().amax() <= HUGE_PIXEL]
@@ -1532,9 +1531,7 @@ def _in_words(modules: list[str]) -> str:
 
 def _median_where(chosen: Tensor, values: Tensor) -> Tensor:
     """``values[chosen].median()`` of two vectors, without waiting to learn how many are chosen; NaN where none is."""
-    ordered = (
-        values.masked_fill(~chosen, math.inf).sort().values
-    )  # what is chosen first, but for any NaN, which is last
+    ordered = values.masked_fill(~chosen, math.inf).sort().values  # the chosen first, but for any NaN
     median = ordered.gather(0, ((chosen.sum() - 1) // 2).clamp_min(0)[None]).squeeze(0)
     return torch.where((values.isnan() & chosen).any() | ~chosen.any(), torch.nan, median)
 
